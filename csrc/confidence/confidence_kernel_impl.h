@@ -1,0 +1,381 @@
+// The vector kernels, written once over the sixteen-lane vocabulary of vector_*.h, which the
+// including translation unit chooses. Everything is in an unnamed namespace: see
+// confidence_kernel.h. With the same lanes and the same order of operations, AVX2 and AVX-512 give
+// the same bits.
+#pragma once
+
+#include <cfloat>
+#include <cstdint>
+#include <cstring>
+
+#include "confidence/confidence_kernel.h"
+
+namespace lopa {
+namespace confidence {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+// Weights below 2^-125 are rounded up to it: a normal number, and negligible beside the 1 of the
+// maximum whatever the vocabulary.
+constexpr float kSmallestExponent = -125.0f;
+// The largest Gumbel number, of the random integer 0, is -log(-log1p(-2^-33)) = 22.87.
+constexpr double kLargestGumbel = 23.0;
+constexpr int64_t kBlock = 64;
+
+inline float negative_infinity(float) { return -kInfinity; }
+inline BFloat16 negative_infinity(BFloat16) { return {0xff80}; }
+inline Half negative_infinity(Half) { return {0xfc00}; }
+
+// 2^t for t in [-125, 0]. With t = n + f, n the nearest integer, 2^f is the degree-5 polynomial
+// that is 1 at 0 and otherwise minimises the relative error over [-1/2, 1/2] (least squares
+// reweighted by Lawson's method): 9.1e-8, and 1.9e-7 with the rounding of float.
+inline F16 exp2_nonpositive(F16 t) {
+  F16 n = round(t);
+  F16 f = sub(t, n);
+  F16 p = splat(1.32647145e-3f);
+  p = fma(p, f, splat(9.67151299e-3f));
+  p = fma(p, f, splat(5.55073395e-2f));
+  p = fma(p, f, splat(2.40222424e-1f));
+  p = fma(p, f, splat(6.93147004e-1f));
+  p = fma(p, f, splat(1.0f));
+  return scale_by_power(p, n);
+}
+
+// The last, incomplete block of a tile, filled up with -inf.
+template <typename T>
+struct Tail {
+  T values[kBlock];
+
+  Tail(const T* x, int64_t n) {
+    for (int64_t i = n; i < kBlock; ++i) values[i] = negative_infinity(T{});
+    std::memcpy(values, x, static_cast<size_t>(n) * sizeof(T));
+  }
+};
+
+// Runs function(block of 64, index of its first element) over n elements, the last block filled up.
+template <typename T, typename Function>
+inline void for_blocks(const T* x, int64_t n, Function function) {
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) function(x + i, i);
+  if (i < n) {
+    Tail<T> tail(x + i, n - i);
+    function(tail.values, i);
+  }
+}
+
+template <typename T>
+struct Block {
+  F16 v[4];
+
+  explicit Block(const T* x) {
+    load_pair(x, &v[0], &v[1]);
+    load_pair(x + 32, &v[2], &v[3]);
+  }
+};
+
+// NaN as -inf, +inf as the largest float, -0 as +0.
+inline F16 sanitized(F16 v) {
+  v = max(v, splat(-kInfinity));
+  return add(min(v, splat(FLT_MAX)), splat(0.0f));
+}
+
+template <typename T>
+struct OrderedBlock {
+  F16 v[4];
+
+  explicit OrderedBlock(const T* x) {
+    for (int i = 0; i < 4; ++i) v[i] = sanitized(load_in_order(x + 16 * i));
+  }
+};
+
+inline F16 exponent(F16 v, F16 maximum, F16 scale) {
+  return max(mul(sub(v, maximum), scale), splat(kSmallestExponent));
+}
+
+inline float largest(F16 a) {
+  float lanes[16];
+  store(lanes, a);
+  float r = lanes[0];
+  for (int i = 1; i < 16; ++i) r = lanes[i] > r ? lanes[i] : r;
+  return r;
+}
+
+// A fixed tree, so that every instruction set adds in one order.
+inline float total(const F16 a[4]) {
+  float lanes[16];
+  store(lanes, add(add(a[0], a[1]), add(a[2], a[3])));
+  for (int step = 8; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  }
+  return lanes[0];
+}
+
+template <typename T, bool kSecond>
+inline void largest_two(const T* x, int64_t n, TileStats* stats) {
+  F16 first[4], second[4];
+  Mask nan = no_lanes();
+  for (int i = 0; i < 4; ++i) first[i] = second[i] = splat(-kInfinity);
+  for_blocks(x, n, [&](const T* p, int64_t) {
+    Block<T> block(p);
+    nan = either(nan, either(unordered(block.v[0], block.v[1]), unordered(block.v[2], block.v[3])));
+    for (int i = 0; i < 4; ++i) {
+      // The operand that may be NaN stands where a NaN leaves the accumulators as they are.
+      if (kSecond) second[i] = max(min(first[i], block.v[i]), second[i]);
+      first[i] = max(block.v[i], first[i]);
+    }
+  });
+  stats->nan = any(nan);
+  for (int half = 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      if (kSecond) {
+        second[i] = max(max(second[i], second[i + half]), min(first[i], first[i + half]));
+      }
+      first[i] = max(first[i], first[i + half]);
+    }
+  }
+  if (!kSecond) {
+    stats->max = largest(first[0]);
+    stats->second = -kInfinity;
+    return;
+  }
+  float a[16], b[16];
+  store(a, first[0]);
+  store(b, second[0]);
+  float best = -kInfinity, next = -kInfinity;
+  for (int i = 0; i < 16; ++i) {
+    float lower = a[i] < best ? a[i] : best;
+    float higher = b[i] > next ? b[i] : next;
+    next = lower > higher ? lower : higher;
+    best = a[i] > best ? a[i] : best;
+  }
+  stats->max = best;
+  stats->second = next;
+}
+
+// With kInfinite a +inf is among the values; `maximum` is then the largest float.
+template <typename T, bool kWeighted, bool kInfinite>
+inline void sum_weights(const T* x, int64_t n, float maximum, float scale_value, TileStats* stats) {
+  const F16 max_value = splat(maximum), scale = splat(scale_value);
+  F16 sum[4], weighted[4];
+  for (int i = 0; i < 4; ++i) sum[i] = weighted[i] = splat(0.0f);
+  Mask finite = no_lanes();
+  for_blocks(x, n, [&](const T* p, int64_t i) {
+    // The first pass over the tile has left the memory idle: this one fetches the next tile.
+    const char* next = reinterpret_cast<const char*>(x + i) + kTileBytes;
+    for (size_t line = 0; line < kBlock * sizeof(T); line += 64) __builtin_prefetch(next + line);
+    Block<T> block(p);
+    for (int j = 0; j < 4; ++j) {
+      F16 v = block.v[j];
+      if (kInfinite) {
+        finite = either(finite, greater(splat(kInfinity), max(v, sub(splat(0.0f), v))));
+        v = min(splat(FLT_MAX), v);
+      }
+      F16 t = exponent(v, max_value, scale);
+      F16 w = exp2_nonpositive(t);
+      sum[j] = add(sum[j], w);
+      if (kWeighted) weighted[j] = fma(w, t, weighted[j]);
+    }
+  });
+  stats->sum = total(sum);
+  stats->weighted = kWeighted ? total(weighted) : 0.0f;
+  if (kInfinite) stats->finite = any(finite);
+}
+
+template <typename T>
+void scan(const void* data, int64_t n, const ScanOptions& options, TileStats* stats) {
+  const T* x = static_cast<const T*>(data);
+  if (options.second) {
+    largest_two<T, true>(x, n, stats);
+  } else {
+    largest_two<T, false>(x, n, stats);
+  }
+  stats->infinite = stats->max == kInfinity;
+  stats->finite = !stats->infinite && stats->max > -kInfinity;
+  if (stats->infinite) {
+    stats->max = FLT_MAX;
+    if (stats->second == kInfinity) stats->second = FLT_MAX;
+    sum_weights<T, true, true>(x, n, stats->max, options.scale, stats);
+  } else if (!stats->finite) {
+    stats->sum = stats->weighted = 0.0f;
+  } else if (options.weighted) {
+    sum_weights<T, true, false>(x, n, stats->max, options.scale, stats);
+  } else {
+    sum_weights<T, false, false>(x, n, stats->max, options.scale, stats);
+  }
+}
+
+template <typename T>
+int64_t find(const void* data, int64_t n, float value) {
+  const T* x = static_cast<const T*>(data);
+  const F16 wanted = splat(value);
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    OrderedBlock<T> block(x + i);
+    for (int j = 0; j < 4; ++j) {
+      uint32_t hits = bits(equal(block.v[j], wanted));
+      if (hits != 0) return i + 16 * j + __builtin_ctz(hits);
+    }
+  }
+  if (i < n) {
+    Tail<T> tail(x + i, n - i);
+    OrderedBlock<T> block(tail.values);
+    for (int j = 0; j < 4; ++j) {
+      uint32_t hits = bits(equal(block.v[j], wanted));
+      if (hits != 0) {
+        int64_t index = i + 16 * j + __builtin_ctz(hits);
+        return index < n ? index : n;
+      }
+    }
+  }
+  return n;
+}
+
+template <typename T>
+int64_t count_equal(const void* data, int64_t n, float value) {
+  const F16 wanted = splat(value);
+  int64_t count = 0;
+  for_blocks(static_cast<const T*>(data), n, [&](const T* p, int64_t) {
+    OrderedBlock<T> block(p);
+    for (int j = 0; j < 4; ++j) count += __builtin_popcount(bits(equal(block.v[j], wanted)));
+  });
+  return count;
+}
+
+template <typename T>
+void sum_above(const void* data, int64_t n, const AboveArgs& args, AboveSums* sums) {
+  const F16 maximum = splat(args.max), scale = splat(args.scale), threshold = splat(args.threshold);
+  F16 sum[4], weighted[4];
+  for (int i = 0; i < 4; ++i) sum[i] = weighted[i] = splat(0.0f);
+  for_blocks(static_cast<const T*>(data), n, [&](const T* p, int64_t) {
+    OrderedBlock<T> block(p);
+    for (int j = 0; j < 4; ++j) {
+      F16 t = exponent(block.v[j], maximum, scale);
+      F16 w = keep(greater(block.v[j], threshold), exp2_nonpositive(t));
+      sum[j] = add(sum[j], w);
+      weighted[j] = fma(w, t, weighted[j]);
+    }
+  });
+  sums->sum = total(sum);
+  sums->weighted = total(weighted);
+}
+
+template <typename T>
+void histogram(const void* data, int64_t n, const HistogramArgs& args, Histogram* out) {
+  const T* x = static_cast<const T*>(data);
+  const F16 maximum = splat(args.max), scale = splat(args.scale);
+  const U16 prefix = splat(args.prefix);
+  for_blocks(x, n, [&](const T* p, int64_t i) {
+    OrderedBlock<T> block(p);
+    uint32_t bins[kBlock];
+    float weights[kBlock];
+    uint64_t hits = 0;
+    for (int j = 0; j < 4; ++j) {
+      U16 key = sortable_key(block.v[j]);
+      uint64_t mask = bits(equal(shift_right(key, args.prefix_shift), prefix));
+      hits |= mask << (16 * j);
+      store(bins + 16 * j, shift_right(key, args.bin_shift));
+      store(weights + 16 * j, exp2_nonpositive(exponent(block.v[j], maximum, scale)));
+    }
+    if (n - i < kBlock) hits &= (uint64_t{1} << (n - i)) - 1;
+    for (; hits != 0; hits &= hits - 1) {
+      int lane = __builtin_ctzll(hits);
+      uint32_t bin = bins[lane] & args.bin_mask;
+      ++out->count[bin];
+      out->mass[bin] += weights[lane];
+    }
+  });
+}
+
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) for the
+// sixteen counters from `first`, in the order of the vocabulary: word l of counter c is at 4 c + l.
+inline void philox_block(uint32_t first, const DrawArgs& args, U16 out[4]) {
+  // Lane 4 L + q works on counter 4 q + L, so that the transposition inside 128-bit lanes at the
+  // end leaves the numbers in order.
+  static const uint32_t kOrder[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+  out[0] = add(splat(first), load(kOrder));
+  for (int i = 0; i < 3; ++i) out[i + 1] = splat(args.counter[i]);
+  uint32_t key0 = args.key[0], key1 = args.key[1];
+  for (int round = 0; round < 10; ++round) {
+    U16 low0, high0, low1, high1;
+    multiply_wide(out[0], 0xD2511F53u, &low0, &high0);
+    multiply_wide(out[2], 0xCD9E8D57u, &low1, &high1);
+    out[0] = exclusive_or(exclusive_or(high1, out[1]), splat(key0));
+    out[2] = exclusive_or(exclusive_or(high0, out[3]), splat(key1));
+    out[1] = low1;
+    out[3] = low0;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  transpose_lanes(out);
+}
+
+// What a candidate must reach, for the vectors: recomputed whenever the best improves.
+struct DrawBounds {
+  F16 exponent;  // below this not even the largest Gumbel number wins
+  F16 weight;    // 2^t * weight bounds the uniform number (in units of 2^-24) of a winner
+
+  DrawBounds(double score) {
+    constexpr double kLog2E = 1.4426950408889634;
+    // The margins cover the rounding of t (2^-18 at most) and of the polynomial.
+    exponent = splat(static_cast<float>((score - kLargestGumbel) * kLog2E - 1e-3));
+    // A winner has -log(1 - v) < e^(distance - score), so v is below that too.
+    weight = splat(static_cast<float>(__builtin_exp(-score) * 16777216.0 * (1 + 1e-4)));
+  }
+};
+
+template <typename T>
+void draw(const void* data, int64_t n, int64_t base, const DrawArgs& args, Draw* best) {
+  const F16 maximum = splat(args.max), scale = splat(args.scale), threshold = splat(args.threshold);
+  DrawBounds bounds(best->score);
+  for_blocks(static_cast<const T*>(data), n, [&](const T* p, int64_t i) {
+    OrderedBlock<T> block(p);
+    F16 t[4];
+    Mask hopeful = no_lanes();
+    for (int j = 0; j < 4; ++j) {
+      t[j] = mul(sub(block.v[j], maximum), scale);
+      hopeful = either(hopeful, greater(t[j], bounds.exponent));
+    }
+    if (!any(hopeful)) return;
+    U16 random[4];
+    philox_block(static_cast<uint32_t>((base + i) >> 2), args, random);
+    uint64_t candidates = 0;
+    for (int j = 0; j < 4; ++j) {
+      F16 w = exp2_nonpositive(max(t[j], splat(kSmallestExponent)));
+      Mask possible = less_equal(to_float(shift_right(random[j], 8)), mul(w, bounds.weight));
+      uint64_t kept = bits(less_equal(threshold, block.v[j]));
+      candidates |= (bits(possible) & kept) << (16 * j);
+    }
+    if (n - i < kBlock) candidates &= (uint64_t{1} << (n - i)) - 1;
+    if (candidates == 0) return;
+    float values[kBlock];
+    uint32_t numbers[kBlock];
+    for (int j = 0; j < 4; ++j) {
+      store(values + 16 * j, block.v[j]);
+      store(numbers + 16 * j, random[j]);
+    }
+    for (; candidates != 0; candidates &= candidates - 1) {
+      int lane = __builtin_ctzll(candidates);
+      int64_t index = base + i + lane;
+      float value = values[lane];
+      if (value == args.threshold && index >= args.tie_limit) continue;
+      if (value == -kInfinity) continue;
+      double distance = (static_cast<double>(value) - args.max) * args.inverse_temperature;
+      double score = distance + gumbel(numbers[lane]);
+      if (score > best->score || (score == best->score && index < best->index)) {
+        *best = {score, distance, index};
+        bounds = DrawBounds(score);
+      }
+    }
+  });
+}
+
+constexpr Kernels kKernels[3] = {
+    {scan<BFloat16>, find<BFloat16>, count_equal<BFloat16>, sum_above<BFloat16>,
+     histogram<BFloat16>, draw<BFloat16>},
+    {scan<Half>, find<Half>, count_equal<Half>, sum_above<Half>, histogram<Half>, draw<Half>},
+    {scan<float>, find<float>, count_equal<float>, sum_above<float>, histogram<float>, draw<float>},
+};
+
+}  // namespace
+}  // namespace confidence
+}  // namespace lopa

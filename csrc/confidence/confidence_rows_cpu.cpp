@@ -1,0 +1,405 @@
+// Rows of logits to statistics: the threaded driver of the vector kernels. Every row is cut into
+// tiles and groups of tiles of fixed size, and their partial results are merged in order, so that
+// the result depends neither on the number of threads nor on how they share the work.
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "confidence/confidence_cpu.h"
+#include "confidence/confidence_kernel.h"
+#include "lopa/isa.h"
+
+namespace lopa {
+namespace {
+
+using confidence::Draw;
+using confidence::Kernels;
+
+constexpr double kLn2 = 0.6931471805599453;
+constexpr double kLog2E = 1.4426950408889634;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kGroupTiles = 4;
+
+const Kernels& kernels_for(LogitsDtype dtype) {
+  static const Kernels* const table = [] {
+#if defined(LOPA_X86_KERNELS)
+    if (isa() == Isa::kAvx512) return confidence::avx512_kernels();
+    if (isa() == Isa::kAvx2) return confidence::avx2_kernels();
+#endif
+    return confidence::portable_kernels();
+  }();
+  return table[static_cast<int>(dtype)];
+}
+
+// What holds for all rows of a call.
+struct Plan {
+  const Kernels& kernels;
+  const LogitsView& logits;
+  confidence::ScanOptions scan;
+  confidence::DrawArgs draw;  // but for the row's maximum, threshold and counter
+  int64_t tile;
+  int64_t group;
+  int64_t groups;
+  int64_t top_k;  // the size of the vocabulary: no limit
+  double top_p;   // 1: no limit
+  double inverse_temperature;
+  uint64_t step;
+  bool filtered;
+  bool sampled;
+
+  Plan(const LogitsView& view, const ConfidenceConfig& config, bool all_stats)
+      : kernels(kernels_for(view.dtype)), logits(view), scan{}, draw{} {
+    inverse_temperature = config.inverse_temperature();
+    double scale = kLog2E * inverse_temperature;
+    // Beyond these every weight but the maximum's is 0, or every weight is 1.
+    scan.scale = static_cast<float>(std::clamp<double>(scale, FLT_MIN, FLT_MAX));
+    scan.second = all_stats || config.metric == Metric::kMargin;
+    scan.weighted = all_stats || config.metric == Metric::kNegEntropy;
+    tile = confidence::kTileBytes / view.element_bytes();
+    group = tile * kGroupTiles;
+    groups = (view.vocab + group - 1) / group;
+    top_k = config.top_k > 0 ? std::min(config.top_k, view.vocab) : view.vocab;
+    top_p = config.top_p;
+    filtered = top_k < view.vocab || top_p < 1.0;
+    sampled = config.temperature > 0;
+    draw.scale = scan.scale;
+    draw.inverse_temperature = inverse_temperature;
+    draw.key[0] = static_cast<uint32_t>(config.seed);
+    draw.key[1] = static_cast<uint32_t>(config.seed >> 32);
+    step = config.step;
+  }
+
+  template <typename Function>
+  void for_tiles(const void* row, int64_t begin, int64_t end, Function function) const {
+    const char* bytes = static_cast<const char*>(row);
+    for (int64_t i = begin; i < end; i += tile) {
+      function(bytes + i * logits.element_bytes(), std::min(tile, end - i), i);
+    }
+  }
+
+  int64_t group_end(int64_t g) const { return std::min((g + 1) * group, logits.vocab); }
+};
+
+// Statistics of a part of a row; weights are relative to its own maximum.
+struct Partial {
+  float max = -kInfinity;
+  float second = -kInfinity;
+  double sum = 0;
+  double weighted = 0;
+  int64_t best_tile = 0;  // where the first tile with the maximum begins
+  bool nan = false;
+  bool infinite = false;
+  bool finite = false;
+
+  void absorb(const Partial& other, double scale) {
+    nan |= other.nan;
+    infinite |= other.infinite;
+    finite |= other.finite;
+    if (other.max == -kInfinity) return;
+    second = std::max({second, other.second, std::min(max, other.max)});
+    if (other.max > max) {
+      rescale(other.max, scale);
+      best_tile = other.best_tile;
+      sum += other.sum;
+      weighted += other.weighted;
+    } else {
+      Partial smaller = other;
+      smaller.rescale(max, scale);
+      sum += smaller.sum;
+      weighted += smaller.weighted;
+    }
+  }
+
+ private:
+  void rescale(float new_max, double scale) {
+    if (max != new_max && max > -kInfinity) {
+      double shift = (static_cast<double>(max) - new_max) * scale;
+      double factor = std::exp2(shift);
+      weighted = factor * (weighted + shift * sum);
+      sum *= factor;
+    }
+    max = new_max;
+  }
+};
+
+Partial scan_group(const Plan& plan, const void* row, int64_t g) {
+  Partial result;
+  plan.for_tiles(
+      row, g * plan.group, plan.group_end(g), [&](const void* x, int64_t n, int64_t begin) {
+        confidence::TileStats s;
+        plan.kernels.scan(x, n, plan.scan, &s);
+        Partial tile{s.max, s.second, s.sum, s.weighted, begin, s.nan, s.infinite, s.finite};
+        result.absorb(tile, plan.scan.scale);
+      });
+  return result;
+}
+
+// The tokens that the filters leave: the first `count` by descending logit, then index.
+struct Kept {
+  float threshold = -kInfinity;
+  int64_t tie_limit = std::numeric_limits<int64_t>::max();
+  int64_t ties = 0;  // kept values equal to the threshold
+  int64_t count = 0;
+};
+
+// Everything about a row that later phases need.
+struct RowPass {
+  const void* row = nullptr;
+  int64_t index = 0;
+  Partial total;
+  int64_t argmax = 0;
+  Kept kept;
+
+  bool empty() const { return !total.finite; }
+};
+
+float value_of_key(uint32_t key) {
+  uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+int64_t index_after_ties(const Plan& plan, const void* row, float value, int64_t ties) {
+  int64_t limit = plan.logits.vocab;
+  plan.for_tiles(row, 0, plan.logits.vocab, [&](const void* x, int64_t n, int64_t begin) {
+    if (ties <= 0) return;
+    int64_t here = plan.kernels.count_equal(x, n, value);
+    if (here < ties) {
+      ties -= here;
+      return;
+    }
+    const char* bytes = static_cast<const char*>(x);
+    int64_t at = 0;
+    for (; ties > 0; --ties) {
+      at += plan.kernels.find(bytes + at * plan.logits.element_bytes(), n - at, value) + 1;
+    }
+    limit = begin + at;
+  });
+  return limit;
+}
+
+// Radix selection of the last kept token over the sortable keys of the logits. A token is kept if
+// fewer than top_k tokens come before it and their mass is at most top_p (the nucleus rule of
+// Holtzman et al., arXiv 1904.09751, with the boundary token inside, as Dream's generation code has
+// it); so both filters end at one place in the one order.
+Kept select_kept(const Plan& plan, const RowPass& pass) {
+  struct Level {
+    int32_t bin_shift, prefix_shift, bits;
+  };
+  constexpr Level kLevels[] = {{21, 32, 11}, {10, 21, 11}, {0, 10, 10}};
+  const int64_t vocab = plan.logits.vocab;
+  confidence::Histogram histogram;
+  double mass_limit = std::numeric_limits<double>::infinity();
+  int64_t before = 0;
+  double mass_before = 0;
+  int64_t ties = 0;
+  double tie_mass = 0;
+  uint32_t key = 0;
+  for (const Level& level : kLevels) {
+    const uint32_t bins = 1u << level.bits;
+    std::fill_n(histogram.count, bins, 0);
+    std::fill_n(histogram.mass, bins, 0.0);
+    confidence::HistogramArgs args{
+        pass.total.max, plan.scan.scale, level.bin_shift, level.prefix_shift, key, bins - 1};
+    plan.for_tiles(pass.row, 0, vocab, [&](const void* x, int64_t n, int64_t) {
+      plan.kernels.histogram(x, n, args, &histogram);
+    });
+    if (level.prefix_shift == 32 && plan.top_p < 1.0) {
+      double mass = 0;
+      for (uint32_t bin = bins; bin-- > 0;) mass += histogram.mass[bin];
+      mass_limit = plan.top_p * mass;
+    }
+    uint32_t boundary = bins;
+    for (uint32_t bin = bins; bin-- > 0;) {
+      if (histogram.count[bin] == 0) continue;
+      if (boundary < bins) {
+        before += histogram.count[boundary];
+        mass_before += histogram.mass[boundary];
+      }
+      boundary = bin;
+      if (before + histogram.count[bin] >= plan.top_k ||
+          mass_before + histogram.mass[bin] > mass_limit) {
+        break;
+      }
+    }
+    ties = histogram.count[boundary];
+    tie_mass = histogram.mass[boundary];
+    key = key << level.bits | boundary;
+  }
+  Kept kept;
+  kept.threshold = value_of_key(key);
+  double each = tie_mass / static_cast<double>(ties);
+  double fitting = std::floor((mass_limit - mass_before) / each) + 1;
+  kept.ties = std::min(ties, plan.top_k - before);
+  if (fitting < static_cast<double>(kept.ties)) {
+    kept.ties = std::max<int64_t>(1, static_cast<int64_t>(fitting));
+  }
+  kept.count = before + kept.ties;
+  if (kept.ties < ties) {
+    kept.tie_limit = index_after_ties(plan, pass.row, kept.threshold, kept.ties);
+  }
+  return kept;
+}
+
+// Replaces the sums over the row by those over its kept tokens.
+void sum_kept(const Plan& plan, RowPass* pass) {
+  const Kept& kept = pass->kept;
+  confidence::AboveArgs args{pass->total.max, plan.scan.scale, kept.threshold};
+  double sum = 0, weighted = 0;
+  plan.for_tiles(pass->row, 0, plan.logits.vocab, [&](const void* x, int64_t n, int64_t) {
+    confidence::AboveSums sums;
+    plan.kernels.sum_above(x, n, args, &sums);
+    sum += sums.sum;
+    weighted += sums.weighted;
+  });
+  double t = (static_cast<double>(kept.threshold) - pass->total.max) * plan.scan.scale;
+  double weight = std::exp2(t) * static_cast<double>(kept.ties);
+  pass->total.sum = sum + weight;
+  pass->total.weighted = weighted + (weight > 0 ? weight * t : 0.0);
+}
+
+RowPass merge_row(const Plan& plan, const void* row, int64_t index, const Partial* parts) {
+  RowPass pass;
+  pass.row = row;
+  pass.index = index;
+  for (int64_t g = 0; g < plan.groups; ++g) pass.total.absorb(parts[g], plan.scan.scale);
+  if (pass.empty()) return pass;
+  int64_t begin = pass.total.best_tile;
+  plan.for_tiles(row, begin, std::min(begin + plan.tile, plan.logits.vocab),
+                 [&](const void* x, int64_t n, int64_t) {
+                   pass.argmax = begin + plan.kernels.find(x, n, pass.total.max);
+                 });
+  pass.kept.count = plan.logits.vocab;
+  if (plan.filtered) {
+    pass.kept = select_kept(plan, pass);
+    sum_kept(plan, &pass);
+  }
+  return pass;
+}
+
+confidence::DrawArgs draw_args(const Plan& plan, const RowPass& pass) {
+  confidence::DrawArgs args = plan.draw;
+  args.max = pass.total.max;
+  args.threshold = pass.kept.threshold;
+  args.tie_limit = pass.kept.tie_limit;
+  uint64_t row = static_cast<uint64_t>(pass.index);
+  args.counter[0] = static_cast<uint32_t>(row);
+  args.counter[1] = static_cast<uint32_t>(plan.step);
+  args.counter[2] = static_cast<uint32_t>(plan.step >> 32) ^ static_cast<uint32_t>(row >> 32);
+  return args;
+}
+
+// The Gumbel-max draw over one group, starting from the most likely token, which every group knows
+// and which lets it pass over most of a peaked distribution.
+Draw draw_group(const Plan& plan, const RowPass& pass, int64_t g) {
+  confidence::DrawArgs args = draw_args(plan, pass);
+  uint32_t bits = confidence::philox(pass.argmax, args.counter, args.key);
+  Draw best{confidence::gumbel(bits), 0.0, pass.argmax};
+  plan.for_tiles(pass.row, g * plan.group, plan.group_end(g),
+                 [&](const void* x, int64_t n, int64_t begin) {
+                   plan.kernels.draw(x, n, begin, args, &best);
+                 });
+  return best;
+}
+
+Draw better(const Draw& a, const Draw& b) {
+  return b.score > a.score || (b.score == a.score && b.index < a.index) ? b : a;
+}
+
+RowStats empty_row(bool nan) { return {0, 0.0f, 0.0f, -kInfinity, -kInfinity, nan, true}; }
+
+RowStats finish(const Plan& plan, const RowPass& pass, const Draw& draw) {
+  if (pass.empty()) return empty_row(pass.total.nan);
+  const Partial& total = pass.total;
+  double log_sum = std::log(total.sum);
+  double gap = -kInfinity;
+  if (pass.kept.count > 1 && total.second > -kInfinity) {
+    gap = (static_cast<double>(total.second) - total.max) * plan.inverse_temperature;
+  }
+  RowStats stats;
+  stats.token = draw.index;
+  stats.prob = static_cast<float>(std::exp(draw.distance) / total.sum);
+  stats.margin = static_cast<float>(-std::expm1(gap) / total.sum);
+  stats.neg_entropy =
+      static_cast<float>(std::min(0.0, kLn2 * total.weighted / total.sum - log_sum));
+  // It saturates, so that -inf stays the mark of an empty row.
+  stats.lse = static_cast<float>(
+      std::clamp<double>(total.max * plan.inverse_temperature + log_sum, -FLT_MAX, FLT_MAX));
+  stats.nan = total.nan;
+  stats.empty = false;
+  return stats;
+}
+
+RowStats evaluate_row(const Plan& plan, int64_t index, std::vector<Partial>* parts) {
+  const void* row = plan.logits.row(index);
+  for (int64_t g = 0; g < plan.groups; ++g) (*parts)[g] = scan_group(plan, row, g);
+  RowPass pass = merge_row(plan, row, index, parts->data());
+  Draw draw{0.0, 0.0, pass.argmax};
+  if (plan.sampled && !pass.empty()) {
+    draw = draw_group(plan, pass, 0);
+    for (int64_t g = 1; g < plan.groups; ++g) draw = better(draw, draw_group(plan, pass, g));
+  }
+  return finish(plan, pass, draw);
+}
+
+// Few long rows: the groups of all rows are shared among the threads, phase by phase.
+void evaluate_by_groups(const Plan& plan, const int64_t* rows, int64_t n, RowStats* out) {
+  std::vector<Partial> parts(static_cast<size_t>(n * plan.groups));
+  std::vector<RowPass> passes(static_cast<size_t>(n));
+  std::vector<Draw> draws;
+  torch::stable::parallel_for(0, n * plan.groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t row = rows[i / plan.groups];
+      if (row >= 0) parts[i] = scan_group(plan, plan.logits.row(row), i % plan.groups);
+    }
+  });
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (rows[i] < 0) continue;
+      passes[i] = merge_row(plan, plan.logits.row(rows[i]), rows[i], &parts[i * plan.groups]);
+    }
+  });
+  if (plan.sampled) {
+    draws.resize(static_cast<size_t>(n * plan.groups));
+    torch::stable::parallel_for(0, n * plan.groups, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const RowPass& pass = passes[i / plan.groups];
+        if (!pass.empty()) draws[i] = draw_group(plan, pass, i % plan.groups);
+      }
+    });
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    Draw draw{0.0, 0.0, passes[i].argmax};
+    if (plan.sampled && !passes[i].empty()) {
+      draw = draws[i * plan.groups];
+      for (int64_t g = 1; g < plan.groups; ++g) draw = better(draw, draws[i * plan.groups + g]);
+    }
+    out[i] = finish(plan, passes[i], draw);
+  }
+}
+
+}  // namespace
+
+void confidence_rows(const LogitsView& logits, const ConfidenceConfig& config, const int64_t* rows,
+                     int64_t n, bool all_stats, RowStats* out) {
+  if (n == 0) return;
+  const Plan plan(logits, config, all_stats);
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads > 1 && plan.groups > 1 && n < 4 * threads) {
+    evaluate_by_groups(plan, rows, n, out);
+    return;
+  }
+  const int64_t grain = std::max<int64_t>(1, plan.group / logits.vocab);
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    std::vector<Partial> parts(static_cast<size_t>(plan.groups));
+    for (int64_t i = begin; i < end; ++i) {
+      out[i] = rows[i] < 0 ? empty_row(false) : evaluate_row(plan, rows[i], &parts);
+    }
+  });
+}
+
+}  // namespace lopa

@@ -1,0 +1,1 @@
+"""A small masked-diffusion language model that solves word problems, decoded with LoPA."""
