@@ -1,6 +1,8 @@
-"""Shapes that break kernels, shared by the tests and the benchmarks; a section a room."""
+"""Shapes that break kernels, shared by the tests and the benchmarks, and the tests' small helpers."""
 
 from __future__ import annotations
+
+import torch
 
 # confidence: one element, vector and block edges, primes, GPT-2's and Qwen's vocabularies.
 VOCABULARIES = (1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 1000, 8193, 50257, 152064)
@@ -27,3 +29,21 @@ CACHES = (
     (3, 2, 16, 33, 4, 4, 80, 64),
     (2, 2, 3, 16, 1, 5, 10, 20),
 )
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, absolute: float = 1e-37) -> None:
+    """Within 1e-5, relative or `absolute`, compared in float64."""
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=1e-5, atol=absolute, equal_nan=False
+    )
+
+
+def random_logits(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Normal numbers of standard deviation 4: probabilities from 1e-12 to nearly 1."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * 4).to(dtype)
+
+
+def integer(value: int) -> torch.Tensor:
+    """A seed or step: int64 with one element."""
+    return torch.tensor([value], dtype=torch.int64)

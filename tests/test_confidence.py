@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import VOCABULARIES
+from cases import VOCABULARIES, close, integer, random_logits
 
 from lopa_kernels.ops.confidence import (
     METRICS,
@@ -29,12 +29,6 @@ INF, NAN = math.inf, math.nan
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor, absolute: float = 1e-37) -> None:
-    torch.testing.assert_close(
-        actual.double(), expected.double(), rtol=1e-5, atol=absolute, equal_nan=False
-    )
-
-
 def check_stats(actual: SoftmaxStats, logits: torch.Tensor, **options: object) -> None:
     token, prob, margin, neg_entropy, lse = reference.statistics(
         logits, dtype=torch.float64, **options
@@ -44,15 +38,6 @@ def check_stats(actual: SoftmaxStats, logits: torch.Tensor, **options: object) -
     close(actual.margin, margin)
     close(actual.neg_entropy, neg_entropy, 1e-5)
     close(actual.lse, lse, 1e-5)
-
-
-def random_logits(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * 4).to(dtype)
-
-
-def integer(value: int) -> torch.Tensor:
-    return torch.tensor([value], dtype=torch.int64)
 
 
 def by_hand(
@@ -224,7 +209,13 @@ def hostile_rows(vocab: int, dtype: torch.dtype) -> torch.Tensor:
 def test_hostile_values(vocab: int, dtype: torch.dtype) -> None:
     logits = hostile_rows(vocab, dtype)
     sampling = {"temperature": 0.9, "seed": integer(1)}
-    for options in ({}, sampling, {"top_k": 3}, {"top_p": 0.815}, {**sampling, "top_p": 0.815}):
+    for options in (
+        {},
+        sampling,
+        {"top_k": 3},
+        {"top_p": 0.8151234567},
+        {**sampling, "top_p": 0.8151234567},
+    ):
         stats = softmax_stats(logits, **options)
         check_stats(stats, logits, **options)
         assert bool(((stats.token >= 0) & (stats.token < vocab)).all())
@@ -391,91 +382,6 @@ def test_every_instruction_set(tmp_path: Path) -> None:
             assert all(torch.equal(a, b) for a, b in zip(ours, narrow, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "expected"),
-    [
-        ((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        (
-            (0xFFFFFFFF,) * 4,
-            (0xFFFFFFFF,) * 2,
-            (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
-        ),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
-def test_philox_known_answers(counter: tuple, key: tuple, expected: tuple) -> None:
-    """The vectors of philox4x32-10 in Random123's tests/kat_vectors."""
-    words = reference.philox4x32([integer(c) for c in counter], [integer(k) for k in key])
-    assert tuple(word.item() for word in words) == expected
-
-
-def test_gumbel_numbers_against_exact_logarithms() -> None:
-    decimal = pytest.importorskip("decimal")
-    context = decimal.Context(prec=60)
-    for word in (0, 1, 255, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1):
-        u = 1 - (decimal.Decimal(word) + decimal.Decimal("0.5")) / 2**32
-        exact = -context.ln(-context.ln(context.plus(u)))
-        ours = reference.gumbel_numbers(integer(word)).item()
-        assert ours == pytest.approx(float(exact), rel=1e-13, abs=1e-15)
-
-
-@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 2**32 + 5])
-@pytest.mark.parametrize("step", [0, 3, 2**32 - 1, 2**35 + 9, -4])
-def test_kernel_draws_with_the_same_numbers(seed: int, step: int) -> None:
-    """Equal logits: the draw is the index of the smallest random integer."""
-    for vocab in (1, 4, 67, 1025, 40000):
-        rows = torch.tensor([0, 5, 2, 5], dtype=torch.int32)
-        logits = torch.zeros(6, vocab)
-        words = reference.random_words(rows, vocab, integer(seed), integer(step))
-        result = token_confidence(
-            logits, temperature=1.0, seed=integer(seed), step=integer(step), rows=rows
-        )
-        assert torch.equal(result.token, words.argmin(-1))
-
-
-def test_default_step_is_zero() -> None:
-    logits = random_logits(8, 500)
-    with_step = token_confidence(logits, temperature=1.0, seed=integer(9), step=integer(0))
-    without = token_confidence(logits, temperature=1.0, seed=integer(9))
-    assert torch.equal(with_step.token, without.token)
-    other = token_confidence(logits, temperature=1.0, seed=integer(9), step=integer(1))
-    assert not torch.equal(other.token, without.token)
-
-
-@pytest.mark.parametrize("spread", [0.5, 3.0])
-def test_draws_follow_the_distribution(spread: float) -> None:
-    """Chi-square over 40,000 draws from 16 tokens among 500 impossible ones."""
-    vocab, draws, likely = 516, 40000, torch.arange(7, 503, 31)
-    row = torch.full((vocab,), -200.0)
-    row[likely] = torch.linspace(-spread, spread, len(likely))
-    result = token_confidence(
-        row.expand(draws, vocab), temperature=0.8, seed=integer(1234), step=integer(5)
-    )
-    p = torch.softmax(row.double() / 0.8, -1)
-    counts = torch.bincount(result.token, minlength=vocab).double()
-    assert counts[p < 1e-12].sum() == 0
-    expected = p[likely] * draws
-    statistic = ((counts[likely] - expected) ** 2 / expected).sum().item()
-    # 99.9999 % of the chi-square distribution with 15 degrees of freedom lies below 57.6.
-    assert statistic < 57.6
-    close(result.prob, p[result.token])
-
-
-def test_passing_over_hopeless_vectors_changes_nothing() -> None:
-    """A peaked row passes over most vectors; the reference passes over none."""
-    logits = random_logits(64, 4000, seed=3)
-    logits[:, 1234] += 40.0
-    logits[::2, 77] += 41.0
-    options = {"temperature": 1.0, "seed": integer(99)}
-    token, *_ = reference.statistics(logits, dtype=torch.float64, **options)
-    assert torch.equal(token_confidence(logits, **options).token, token)
-    assert len(set(token.tolist())) > 1
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype) -> None:
     logits = random_logits(3, 4, 50, dtype=dtype)
@@ -579,16 +485,19 @@ NATIVE_BAD_INPUT = [
     ({"step": torch.zeros(2, dtype=torch.int64)}, "step: expected one element"),
     ({"seed": torch.zeros(1)}, "seed: expected dtype Long, got Float"),
     ({"rows": torch.zeros(2)}, "rows: expected dtype Int, got Float"),
-    ({"rows": torch.tensor([1, -2], dtype=torch.int32)}, "got -2 at flat index 1"),
+    ({"rows": torch.tensor([1, -2], dtype=torch.int32)}, "rows: .* got -2 at flat index 1"),
     ({"logits": torch.zeros(3, 8, dtype=torch.float64)}, "logits: expected dtype BFloat16"),
     ({"logits": torch.zeros(8, 2).t()}, "logits: expected unit stride"),
-    ({"logits": torch.zeros((1, 2) * 9 + (8,)).expand((3, 2) * 9 + (8,))}, "at most 8 leading"),
+    (
+        {"logits": torch.zeros((1, 2) * 9 + (8,)).expand((3, 2) * 9 + (8,))},
+        "logits: expected at most 8 leading",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("options", "match"), NATIVE_BAD_INPUT)
 def test_bad_input_past_the_python_checks(options: dict, match: str) -> None:
-    with pytest.raises(RuntimeError, match=f"token_confidence: {match}|{match}"):
+    with pytest.raises(RuntimeError, match=f"token_confidence: {match}"):
         torch.ops.lopa.token_confidence(**{"logits": X, **options})
 
 

@@ -79,7 +79,7 @@ def check_vocabulary_options(
 
 
 def check_logits(op: str, logits: torch.Tensor) -> None:
-    """Raises TypeError or ValueError if `logits` is not a vocabulary-last tensor of this library."""
+    """Raises TypeError or ValueError if `logits` is no tensor [..., V] that the kernels read."""
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"{op}: logits: expected a tensor, got {type(logits).__name__}")
     check_dtype(op, "logits", logits, FLOATING)
@@ -233,8 +233,9 @@ def softmax_stats(
     """Every statistic of :func:`token_confidence` from one pass, and the log-sum-exp.
 
     `lse` is log sum exp(logits / temperature) over what the filters leave (at temperature 0,
-    log sum exp(logits)); it saturates at the largest finite float32. A row with no finite logit, and rows = -1, give token 0, prob 0, margin 0,
-    neg_entropy -inf, lse -inf. The arguments and errors are those of :func:`token_confidence`.
+    log sum exp(logits)); it saturates at the largest finite float32. A row with no finite logit,
+    and rows = -1, give token 0, prob 0, margin 0, neg_entropy -inf, lse -inf. The arguments and
+    errors are those of :func:`token_confidence`.
 
     Returns:
         Tensors of shape logits.shape[:-1], or rows.shape: token int64, the others fp32.

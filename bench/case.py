@@ -1,0 +1,34 @@
+"""One thing to measure: what the benchmark program and every room's file agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape of an operator and everybody who can compute it.
+
+    Attributes:
+        op: the operator.
+        name: the shape and options, short enough for a table.
+        make: n -> n argument tuples; calls rotate over them, so that inputs do not stay in cache.
+        providers: name -> callable of one argument tuple's elements.
+        reference: the provider that the others' results are checked against.
+        check: (result, reference's result) -> None; raises AssertionError where they differ.
+        bytes: memory that one call must read and write at least.
+        flops: arithmetic of one call.
+        unchecked: providers whose results are not comparable, such as a read of the same memory.
+    """
+
+    op: str
+    name: str
+    make: Callable[[int], list[tuple[Any, ...]]]
+    providers: dict[str, Callable[..., Any]]
+    reference: str
+    check: Callable[[Any, Any], None]
+    bytes: int
+    flops: int
+    unchecked: tuple[str, ...] = ()
