@@ -21,6 +21,7 @@ class Case:
         bytes: memory that one call must read and write at least.
         flops: arithmetic of one call.
         unchecked: providers whose results are not comparable, such as a read of the same memory.
+        buffers: argument tuples to rotate over; None: as many as exceed the caches.
     """
 
     op: str
@@ -32,3 +33,4 @@ class Case:
     bytes: int
     flops: int
     unchecked: tuple[str, ...] = ()
+    buffers: int | None = None

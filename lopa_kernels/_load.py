@@ -12,8 +12,12 @@ PACKAGE = Path(__file__).parent
 missing: dict[str, str] = {}
 
 
+def library_path(name: str) -> Path:
+    return PACKAGE / f"lib{name}.so"
+
+
 def _load(name: str) -> None:
-    path = PACKAGE / f"lib{name}.so"
+    path = library_path(name)
     if not path.exists():
         missing[name] = f"{path.name} is not in the package: it was not built"
         return
@@ -23,9 +27,13 @@ def _load(name: str) -> None:
         missing[name] = f"{path.name} does not load: {error}"
 
 
+def require(name: str) -> None:
+    """Raises ImportError, with the reason and the remedy, where a library is not loaded."""
+    if name in missing:
+        raise ImportError(
+            f"lopa_kernels: {missing[name]}. Build it with: pip install --no-build-isolation . "
+            "(python -m lopa_kernels.collect_env prints what a bug report needs)"
+        )
+
+
 _load("lopa_cpu")
-if "lopa_cpu" in missing:
-    # Every schema lives in this library, so nothing works without it.
-    raise ImportError(
-        f"lopa_kernels: {missing['lopa_cpu']}. Build it with: pip install --no-build-isolation ."
-    )

@@ -1,4 +1,4 @@
-"""Shapes that break kernels, shared by the tests and the benchmarks, and the tests' small helpers."""
+"""Shapes that break kernels, shared with the benchmarks, and the tests' small helpers."""
 
 from __future__ import annotations
 

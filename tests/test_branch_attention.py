@@ -420,6 +420,11 @@ GOOD = (2, 3, 5, 4, 2, 16, 20)
         ({"cache_len": int32([3, 21])}, RuntimeError, r"cache_len: expected 0 to 20.*21 in .* 1"),
         ({"cache_len": int32([-1, 2])}, RuntimeError, r"cache_len: expected 0 to 20.*-1 in .* 0"),
         (
+            {"mask": "block_causal", "block_size": 4, "prompt_len": int32([0, -2])},
+            RuntimeError,
+            r"prompt_len: expected 0 or more, got -2 in sequence 1",
+        ),
+        (
             {"length": int32([[1, 2, 3], [4, 5, 6]])},
             RuntimeError,
             r"length: expected 0 to 5.*6 in sequence 1, branch 2",

@@ -226,6 +226,30 @@ def test_hostile_values(vocab: int, dtype: torch.dtype) -> None:
             assert [t[row].item() for t in result] == [0, 0.0, -INF]
 
 
+def orderings(vocab: int) -> dict[str, torch.Tensor]:
+    """Rows whose first elements tell nothing, or the wrong thing, about the maximum."""
+    rows = {name: random_logits(2, vocab, seed=5) for name in ("late peak", "jump", "offset")}
+    rows["late peak"][:, -7] = 60.0
+    rows["jump"][:, vocab // 17] = 21.0
+    rows["offset"] += 1000.0
+    rows["ascending"] = random_logits(2, vocab).sort(-1).values
+    rows["descending"] = random_logits(2, vocab).sort(-1, descending=True).values
+    rows["plateau"] = torch.full((2, vocab), -12.0)
+    rows["plateau"][:, vocab // 2] = 0.0
+    rows["far apart"] = torch.linspace(-9e4, 9e4, vocab).repeat(2, 1)
+    rows["masked start"] = random_logits(2, vocab)
+    rows["masked start"][:, : vocab // 3] = -INF
+    return rows
+
+
+@pytest.mark.parametrize("name", orderings(100))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_any_order_of_the_values(name: str, dtype: torch.dtype) -> None:
+    logits = orderings(152064)[name].to(dtype)
+    for options in ({}, {"temperature": 0.3, "seed": integer(2)}):
+        check_stats(softmax_stats(logits, **options), logits, **options)
+
+
 def test_extreme_temperatures() -> None:
     logits = random_logits(4, 300)
     for temperature in (1e-40, 1e-6, 1e6, 1e30):

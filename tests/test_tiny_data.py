@@ -1,7 +1,9 @@
 """The tiny model's problems, tokenizer, architecture, training layout and resume."""
 
+import hashlib
 import json
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +18,15 @@ SHAPE = {
     "head_dim": 8,
     "mlp_dim": 48,
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Shapes this small are slower on several threads, and much slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -39,11 +50,6 @@ def test_splits_are_disjoint_by_their_key() -> None:
     assert not train_keys & held_keys
     assert {problems.split_of(*key) for key in train_keys} == {"train"}
     assert {problems.split_of(*key) for key in held_keys} == {"heldout"}
-    numbers_in_prompts = {
-        split: {tuple(re.findall(r"\d+", p.prompt)) for p in problems.problems(split, 2000, 3)}
-        for split in ("train", "heldout")
-    }
-    assert all(numbers_in_prompts.values())
 
 
 def test_problems_repeat_from_a_seed_and_extend() -> None:
@@ -123,10 +129,9 @@ def test_tokenizer_round_trip_and_specials() -> None:
 
 
 def test_rope_depends_on_distance_only(tiny: model.TinyDLLM) -> None:
-    table = tiny.cos_sin
-    assert table.dtype == torch.float64 or table.dtype == torch.float32
-    assert table.shape == (tiny.config.max_pos, tiny.config.head_dim)
     table = model.rope_table(tiny.config)
+    assert table.dtype == torch.float32
+    assert table.shape == (tiny.config.max_pos, tiny.config.head_dim)
     q, k = torch.randn(2, 1, tiny.config.head_dim)
 
     def product(i: int, j: int) -> torch.Tensor:
@@ -337,6 +342,44 @@ def test_vanilla_decoding_fills_one_column_a_pass(tiny: model.TinyDLLM) -> None:
     assert torch.all(filled % tiny.config.block_size == 0)
 
 
+def test_held_out_problems_are_those_of_the_card() -> None:
+    """The card's accuracy is of these problems; another generator needs another measurement."""
+    lines = "\n".join(f"{p.prompt} {p.solution}" for p in problems.problems("heldout", 1000, 0))
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    assert digest == "5643542486583199c5098580d36864843a6886923576a94a381e6f0010550d8b"
+
+
+def test_shipped_weights_know_the_arithmetic() -> None:
+    """With the rest of the text in place, the shipped model restores the numbers in it."""
+    net = model.TinyDLLM.load()
+    assert sum(p.numel() for p in net.parameters()) == 11_089_536
+    tok = tokenizer.CharTokenizer()
+    digits = torch.tensor(tok.encode("0123456789"))
+    right = total = 0
+    result = re.compile(r"(?:=|, or) (\d+)")
+    chosen = [p for p in problems.problems("heldout", 60, 1) if len(result.findall(p.solution)) > 1]
+    for p in chosen[:8]:
+        prompt, solution = tok.encode(p.prompt), torch.tensor(tok.encode(p.solution))
+        pad = torch.full((-len(solution) % 32,), tok.eos_id)
+        target = torch.cat([solution, pad])
+        opened = torch.tensor([len(target) // 32])
+        mask = oracle.decoding_mask(
+            torch.tensor([len(prompt)]), len(prompt), opened, opened * 0, False, net.config
+        )
+        # The number after "=" or "or" can be told from the two before it.
+        hidden = torch.zeros(len(target), dtype=torch.bool)
+        for found in result.finditer(p.solution):
+            hidden[found.start(1) : found.end(1)] = True
+        tokens = torch.cat([torch.tensor(prompt), target.masked_fill(hidden, tok.mask_id)])
+        with torch.inference_mode():
+            logits = net(tokens.unsqueeze(0), attn_mask=mask)[0, len(prompt) :]
+        right += int((logits.argmax(-1)[hidden] == target[hidden]).sum())
+        total += int(hidden.sum())
+        assert torch.isin(target[hidden], digits).all()
+    assert total > 20
+    assert right / total > 0.95
+
+
 def arguments(out, *more: str) -> list[str]:
     return [
         *("--out", str(out), "--device", "cpu", "--config", json.dumps(SHAPE), "--batch", "4"),
@@ -371,12 +414,12 @@ def test_resumed_training_equals_uninterrupted(tmp_path, optimizer: str) -> None
 
 
 def test_training_learns(tmp_path) -> None:
-    train.main(arguments(tmp_path, "--steps", "40", "--batch", "8", "--lr", "0.01"))
+    train.main(arguments(tmp_path, "--steps", "40", "--lr", "0.02"))
     rows = [json.loads(s) for s in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows[0]["nats"] > 4
     assert sum(row["nats"] for row in rows[-5:]) / 5 < 3.2
     scores = tmp_path / "scores.json"
     command = ["--eval", "--device", "cpu", "--weights", str(tmp_path / "weights")]
-    train.main([*command, "--problems", "2", "--json", str(scores)])
+    train.main([*command, "--problems", "1", "--json", str(scores)])
     methods = [row["method"] for row in json.loads(scores.read_text())]
     assert methods == ["vanilla", "confidence 0.9, full", "confidence 0.9, causal"]

@@ -60,21 +60,24 @@ struct Inputs {
   OptTensor prompt_len;
 };
 
+std::string in_sequence(int32_t value, int64_t b) {
+  return std::to_string(value) + " in sequence " + std::to_string(b);
+}
+
 void check_lengths(const char* op, const BranchAttentionParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
-    std::string sequence = "sequence " + std::to_string(b);
     if (p.cache_len[b] < 0 || p.cache_len[b] > p.capacity) {
       fail(op, "cache_len", "0 to " + std::to_string(p.capacity) + ", the cache's capacity",
-           std::to_string(p.cache_len[b]) + " in " + sequence);
+           in_sequence(p.cache_len[b], b));
     }
     if (p.prompt_len != nullptr && p.prompt_len[b] < 0) {
-      fail(op, "prompt_len", "0 or more", std::to_string(p.prompt_len[b]) + " in " + sequence);
+      fail(op, "prompt_len", "0 or more", in_sequence(p.prompt_len[b], b));
     }
     for (int64_t k = 0; k < p.branches; ++k) {
       int32_t length = p.length[b * p.branches + k];
       if (length < 0 || length > p.window) {
         fail(op, "length", "0 to " + std::to_string(p.window) + ", the window",
-             std::to_string(length) + " in " + sequence + ", branch " + std::to_string(k));
+             in_sequence(length, b) + ", branch " + std::to_string(k));
       }
     }
   }

@@ -8,27 +8,30 @@
 namespace lopa {
 namespace confidence {
 
-// A tile is what one call of `scan` reads twice, the second time from the first-level cache.
+// A tile is what one call works on.
 constexpr int64_t kTileBytes = 16384;
+// How many maxima over interleaved parts of a tile `lane_maxima` gives.
+constexpr int64_t kLanes = 64;
 constexpr int64_t kHistogramBits = 11;
 constexpr int64_t kHistogramBins = int64_t{1} << kHistogramBits;
 
-// Logits are compared in units of `scale` = log2(e) / temperature, so that the weight of a logit x
-// is 2^((x - max) * scale).
+// Logits are weighed in units of `scale` = log2(e) / temperature: the weight of x is
+// 2^(x * scale - base), for a base near that of the maximum.
 struct ScanOptions {
   float scale;
-  bool second;    // the second largest value is wanted
-  bool weighted;  // the sum for the entropy is wanted
+  bool second;      // the second largest value is wanted
+  bool weighted;    // the sum for the entropy is wanted
+  float reference;  // the largest value so far: a guess at this tile's. -inf: none
 };
 
 struct TileStats {
-  float max;       // of the values with NaN as -inf and +inf as the largest float
-  float second;    // the next one, equal to max where that occurs twice
-  float sum;       // sum of w = 2^t, t = (x - max) * scale
-  float weighted;  // sum of w * t
+  float max;     // of the values with NaN as -inf and +inf as the largest float
+  float second;  // the next one, equal to max where that occurs twice
+  double base;
+  double sum;       // sum of w = 2^t, t = x * scale - base
+  double weighted;  // sum of w * t
   bool nan;
-  bool infinite;  // a +inf was seen
-  bool finite;    // a finite value was seen
+  bool finite;  // a finite value was seen
 };
 
 // Of the values strictly above `threshold`, relative to the row's maximum `max`.
@@ -44,10 +47,12 @@ struct AboveSums {
 };
 
 // One level of a radix selection over the order-preserving integer key of a float: the values whose
-// key >> prefix_shift equals `prefix` are counted into bins of (key >> bin_shift).
+// key >> prefix_shift equals `prefix`, and which are not below `floor`, are counted into bins of
+// (key >> bin_shift).
 struct HistogramArgs {
   float max;
   float scale;
+  float floor;
   int32_t bin_shift;
   int32_t prefix_shift;  // 32: every value
   uint32_t prefix;
@@ -82,6 +87,7 @@ struct Kernels {
   // The first index whose value (as `scan` sees it) equals `value`, or n.
   int64_t (*find)(const void* x, int64_t n, float value);
   int64_t (*count_equal)(const void* x, int64_t n, float value);
+  void (*lane_maxima)(const void* x, int64_t n, float maxima[kLanes]);
   void (*sum_above)(const void* x, int64_t n, const AboveArgs& args, AboveSums* sums);
   void (*histogram)(const void* x, int64_t n, const HistogramArgs& args, Histogram* histogram);
   // Replaces `best` where a kept value scores higher; `base` is a multiple of 64.

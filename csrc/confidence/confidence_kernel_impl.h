@@ -21,15 +21,22 @@ constexpr float kSmallestExponent = -125.0f;
 // The largest Gumbel number, of the random integer 0, is -log(-log1p(-2^-33)) = 22.87.
 constexpr double kLargestGumbel = 23.0;
 constexpr int64_t kBlock = 64;
+// How far (in powers of two) a value may pass the guessed maximum of its tile: far from overflow,
+// and so little that the larger terms cost the smaller ones no accuracy that matters.
+constexpr float kLargestExponent = 6.0f;
+// How many elements the first guess of a group looks at.
+constexpr int64_t kGuessElements = 8 * kBlock;
+// How far ahead of the arithmetic the memory is fetched.
+constexpr int64_t kPrefetchBytes = 4096;
 
 inline float negative_infinity(float) { return -kInfinity; }
 inline BFloat16 negative_infinity(BFloat16) { return {0xff80}; }
 inline Half negative_infinity(Half) { return {0xfc00}; }
 
-// 2^t for t in [-125, 0]. With t = n + f, n the nearest integer, 2^f is the degree-5 polynomial
+// 2^t for t in [-125, 125]. With t = n + f, n the nearest integer, 2^f is the degree-5 polynomial
 // that is 1 at 0 and otherwise minimises the relative error over [-1/2, 1/2] (least squares
 // reweighted by Lawson's method): 9.1e-8, and 1.9e-7 with the rounding of float.
-inline F16 exp2_nonpositive(F16 t) {
+inline F16 exp2_approx(F16 t) {
   F16 n = round(t);
   F16 f = sub(t, n);
   F16 p = splat(1.32647145e-3f);
@@ -110,98 +117,147 @@ inline float total(const F16 a[4]) {
   return lanes[0];
 }
 
-template <typename T, bool kSecond>
-inline void largest_two(const T* x, int64_t n, TileStats* stats) {
+// The two largest values, lane by lane; NaN passes by.
+struct LargestTwo {
   F16 first[4], second[4];
-  Mask nan = no_lanes();
-  for (int i = 0; i < 4; ++i) first[i] = second[i] = splat(-kInfinity);
-  for_blocks(x, n, [&](const T* p, int64_t) {
-    Block<T> block(p);
-    nan = either(nan, either(unordered(block.v[0], block.v[1]), unordered(block.v[2], block.v[3])));
-    for (int i = 0; i < 4; ++i) {
-      // The operand that may be NaN stands where a NaN leaves the accumulators as they are.
-      if (kSecond) second[i] = max(min(first[i], block.v[i]), second[i]);
-      first[i] = max(block.v[i], first[i]);
-    }
-  });
-  stats->nan = any(nan);
-  for (int half = 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) {
-      if (kSecond) {
-        second[i] = max(max(second[i], second[i + half]), min(first[i], first[i + half]));
-      }
-      first[i] = max(first[i], first[i + half]);
-    }
+
+  LargestTwo() {
+    for (int i = 0; i < 4; ++i) first[i] = second[i] = splat(-kInfinity);
   }
-  if (!kSecond) {
+
+  // The operand that may be NaN stands where a NaN leaves the accumulators as they are.
+  template <bool kSecond>
+  void take(int i, F16 v) {
+    if (kSecond) second[i] = max(min(first[i], v), second[i]);
+    first[i] = max(v, first[i]);
+  }
+
+  template <bool kSecond>
+  void finish(TileStats* stats) {
+    for (int half = 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) {
+        if (kSecond) {
+          second[i] = max(max(second[i], second[i + half]), min(first[i], first[i + half]));
+        }
+        first[i] = max(first[i], first[i + half]);
+      }
+    }
     stats->max = largest(first[0]);
     stats->second = -kInfinity;
-    return;
+    if (!kSecond) return;
+    float a[16], b[16];
+    store(a, first[0]);
+    store(b, second[0]);
+    float best = -kInfinity, next = -kInfinity;
+    for (int i = 0; i < 16; ++i) {
+      float lower = a[i] < best ? a[i] : best;
+      float higher = b[i] > next ? b[i] : next;
+      next = lower > higher ? lower : higher;
+      best = a[i] > best ? a[i] : best;
+    }
+    stats->second = next;
   }
-  float a[16], b[16];
-  store(a, first[0]);
-  store(b, second[0]);
-  float best = -kInfinity, next = -kInfinity;
-  for (int i = 0; i < 16; ++i) {
-    float lower = a[i] < best ? a[i] : best;
-    float higher = b[i] > next ? b[i] : next;
-    next = lower > higher ? lower : higher;
-    best = a[i] > best ? a[i] : best;
-  }
-  stats->max = best;
-  stats->second = next;
-}
+};
 
-// With kInfinite a +inf is among the values; `maximum` is then the largest float.
-template <typename T, bool kWeighted, bool kInfinite>
-inline void sum_weights(const T* x, int64_t n, float maximum, float scale_value, TileStats* stats) {
-  const F16 max_value = splat(maximum), scale = splat(scale_value);
+// Maxima and sums in one pass, for a maximum guessed before. Without a fused operation the guess is
+// subtracted first, which costs one more but no accuracy where values are large. The guess is good
+// enough where no value passes it by more than kLargestExponent; the caller looks.
+template <typename T, bool kSecond, bool kWeighted>
+void scan_guessed(const T* x, int64_t n, float scale_value, float guess, TileStats* stats) {
+  const F16 scale = splat(scale_value), reference = splat(guess);
+  const F16 minus_base = splat(-(guess * scale_value));
+  LargestTwo best;
   F16 sum[4], weighted[4];
   for (int i = 0; i < 4; ++i) sum[i] = weighted[i] = splat(0.0f);
-  Mask finite = no_lanes();
+  Mask nan = no_lanes();
   for_blocks(x, n, [&](const T* p, int64_t i) {
-    // The first pass over the tile has left the memory idle: this one fetches the next tile.
-    const char* next = reinterpret_cast<const char*>(x + i) + kTileBytes;
-    for (size_t line = 0; line < kBlock * sizeof(T); line += 64) __builtin_prefetch(next + line);
+    const char* ahead = reinterpret_cast<const char*>(x + i) + kPrefetchBytes;
+    for (size_t line = 0; line < kBlock * sizeof(T); line += 64) __builtin_prefetch(ahead + line);
     Block<T> block(p);
+    nan = either(nan, either(unordered(block.v[0], block.v[1]), unordered(block.v[2], block.v[3])));
     for (int j = 0; j < 4; ++j) {
-      F16 v = block.v[j];
-      if (kInfinite) {
-        finite = either(finite, greater(splat(kInfinity), max(v, sub(splat(0.0f), v))));
-        v = min(splat(FLT_MAX), v);
-      }
-      F16 t = exponent(v, max_value, scale);
-      F16 w = exp2_nonpositive(t);
+      best.take<kSecond>(j, block.v[j]);
+      F16 t = kFusedMultiplyAdd ? fma(block.v[j], scale, minus_base)
+                                : mul(sub(block.v[j], reference), scale);
+      t = max(t, splat(kSmallestExponent));
+      F16 w = exp2_approx(t);
       sum[j] = add(sum[j], w);
       if (kWeighted) weighted[j] = fma(w, t, weighted[j]);
     }
   });
+  stats->nan = any(nan);
+  best.finish<kSecond>(stats);
+  stats->base = kFusedMultiplyAdd ? static_cast<double>(guess * scale_value)
+                                  : static_cast<double>(guess) * scale_value;
   stats->sum = total(sum);
   stats->weighted = kWeighted ? total(weighted) : 0.0f;
-  if (kInfinite) stats->finite = any(finite);
+}
+
+// The same in two passes, for any values: the weights are relative to the tile's own maximum, from
+// which each value is subtracted before it is scaled.
+template <typename T>
+void scan_careful(const T* x, int64_t n, float scale_value, TileStats* stats) {
+  LargestTwo best;
+  Mask nan = no_lanes(), finite = no_lanes();
+  for_blocks(x, n, [&](const T* p, int64_t) {
+    Block<T> block(p);
+    for (int j = 0; j < 4; ++j) {
+      F16 v = block.v[j];
+      nan = either(nan, unordered(v, v));
+      finite = either(finite, greater(splat(kInfinity), max(v, sub(splat(0.0f), v))));
+      best.take<true>(j, v);
+    }
+  });
+  best.finish<true>(stats);
+  stats->nan = any(nan);
+  stats->finite = any(finite);
+  if (stats->max > FLT_MAX) stats->max = FLT_MAX;
+  if (stats->second > FLT_MAX) stats->second = FLT_MAX;
+  stats->base = stats->sum = stats->weighted = 0;
+  if (stats->max == -kInfinity) return;
+  const F16 maximum = splat(stats->max), scale = splat(scale_value);
+  F16 sum[4], weighted[4];
+  for (int i = 0; i < 4; ++i) sum[i] = weighted[i] = splat(0.0f);
+  for_blocks(x, n, [&](const T* p, int64_t) {
+    Block<T> block(p);
+    for (int j = 0; j < 4; ++j) {
+      F16 t = exponent(min(splat(FLT_MAX), block.v[j]), maximum, scale);
+      F16 w = exp2_approx(t);
+      sum[j] = add(sum[j], w);
+      weighted[j] = fma(w, t, weighted[j]);
+    }
+  });
+  stats->base = static_cast<double>(stats->max) * scale_value;
+  stats->sum = total(sum);
+  stats->weighted = total(weighted);
+}
+
+template <typename T>
+float guess_max(const T* x, int64_t n) {
+  F16 lanes = splat(-kInfinity);
+  for_blocks(x, n < kGuessElements ? n : kGuessElements, [&](const T* p, int64_t) {
+    Block<T> block(p);
+    for (int j = 0; j < 4; ++j) lanes = max(block.v[j], lanes);
+  });
+  return largest(lanes);
 }
 
 template <typename T>
 void scan(const void* data, int64_t n, const ScanOptions& options, TileStats* stats) {
   const T* x = static_cast<const T*>(data);
-  if (options.second) {
-    largest_two<T, true>(x, n, stats);
-  } else {
-    largest_two<T, false>(x, n, stats);
+  float reference = options.reference > -kInfinity ? options.reference : guess_max(x, n);
+  float base = reference * options.scale;
+  // Beyond this the rounding of the base is no longer small beside a power of two.
+  if (base > -65536.0f && base < 65536.0f) {
+    auto guessed =
+        options.second
+            ? (options.weighted ? scan_guessed<T, true, true> : scan_guessed<T, true, false>)
+            : (options.weighted ? scan_guessed<T, false, true> : scan_guessed<T, false, false>);
+    guessed(x, n, options.scale, reference, stats);
+    stats->finite = stats->max > -kInfinity;
+    if (stats->max < kInfinity && stats->max * options.scale - base <= kLargestExponent) return;
   }
-  stats->infinite = stats->max == kInfinity;
-  stats->finite = !stats->infinite && stats->max > -kInfinity;
-  if (stats->infinite) {
-    stats->max = FLT_MAX;
-    if (stats->second == kInfinity) stats->second = FLT_MAX;
-    sum_weights<T, true, true>(x, n, stats->max, options.scale, stats);
-  } else if (!stats->finite) {
-    stats->sum = stats->weighted = 0.0f;
-  } else if (options.weighted) {
-    sum_weights<T, true, false>(x, n, stats->max, options.scale, stats);
-  } else {
-    sum_weights<T, false, false>(x, n, stats->max, options.scale, stats);
-  }
+  scan_careful(x, n, options.scale, stats);
 }
 
 template <typename T>
@@ -242,15 +298,29 @@ int64_t count_equal(const void* data, int64_t n, float value) {
 }
 
 template <typename T>
+void lane_maxima(const void* data, int64_t n, float maxima[kLanes]) {
+  F16 first[4];
+  for (int i = 0; i < 4; ++i) first[i] = splat(-kInfinity);
+  for_blocks(static_cast<const T*>(data), n, [&](const T* p, int64_t) {
+    Block<T> block(p);
+    for (int i = 0; i < 4; ++i) first[i] = max(block.v[i], first[i]);
+  });
+  for (int i = 0; i < 4; ++i) store(maxima + 16 * i, min(first[i], splat(FLT_MAX)));
+}
+
+template <typename T>
 void sum_above(const void* data, int64_t n, const AboveArgs& args, AboveSums* sums) {
   const F16 maximum = splat(args.max), scale = splat(args.scale), threshold = splat(args.threshold);
   F16 sum[4], weighted[4];
   for (int i = 0; i < 4; ++i) sum[i] = weighted[i] = splat(0.0f);
   for_blocks(static_cast<const T*>(data), n, [&](const T* p, int64_t) {
     OrderedBlock<T> block(p);
+    Mask above[4];
+    for (int j = 0; j < 4; ++j) above[j] = greater(block.v[j], threshold);
+    if (!any(either(either(above[0], above[1]), either(above[2], above[3])))) return;
     for (int j = 0; j < 4; ++j) {
       F16 t = exponent(block.v[j], maximum, scale);
-      F16 w = keep(greater(block.v[j], threshold), exp2_nonpositive(t));
+      F16 w = keep(above[j], exp2_approx(t));
       sum[j] = add(sum[j], w);
       weighted[j] = fma(w, t, weighted[j]);
     }
@@ -262,21 +332,26 @@ void sum_above(const void* data, int64_t n, const AboveArgs& args, AboveSums* su
 template <typename T>
 void histogram(const void* data, int64_t n, const HistogramArgs& args, Histogram* out) {
   const T* x = static_cast<const T*>(data);
-  const F16 maximum = splat(args.max), scale = splat(args.scale);
+  const F16 maximum = splat(args.max), scale = splat(args.scale), floor = splat(args.floor);
   const U16 prefix = splat(args.prefix);
   for_blocks(x, n, [&](const T* p, int64_t i) {
     OrderedBlock<T> block(p);
-    uint32_t bins[kBlock];
-    float weights[kBlock];
+    U16 keys[4];
     uint64_t hits = 0;
     for (int j = 0; j < 4; ++j) {
-      U16 key = sortable_key(block.v[j]);
-      uint64_t mask = bits(equal(shift_right(key, args.prefix_shift), prefix));
+      keys[j] = sortable_key(block.v[j]);
+      uint64_t mask = bits(less_equal(floor, block.v[j])) &
+                      bits(equal(shift_right(keys[j], args.prefix_shift), prefix));
       hits |= mask << (16 * j);
-      store(bins + 16 * j, shift_right(key, args.bin_shift));
-      store(weights + 16 * j, exp2_nonpositive(exponent(block.v[j], maximum, scale)));
     }
     if (n - i < kBlock) hits &= (uint64_t{1} << (n - i)) - 1;
+    if (hits == 0) return;
+    uint32_t bins[kBlock];
+    float weights[kBlock];
+    for (int j = 0; j < 4; ++j) {
+      store(bins + 16 * j, shift_right(keys[j], args.bin_shift));
+      store(weights + 16 * j, exp2_approx(exponent(block.v[j], maximum, scale)));
+    }
     for (; hits != 0; hits &= hits - 1) {
       int lane = __builtin_ctzll(hits);
       uint32_t bin = bins[lane] & args.bin_mask;
@@ -340,7 +415,7 @@ void draw(const void* data, int64_t n, int64_t base, const DrawArgs& args, Draw*
     philox_block(static_cast<uint32_t>((base + i) >> 2), args, random);
     uint64_t candidates = 0;
     for (int j = 0; j < 4; ++j) {
-      F16 w = exp2_nonpositive(max(t[j], splat(kSmallestExponent)));
+      F16 w = exp2_approx(max(t[j], splat(kSmallestExponent)));
       Mask possible = less_equal(to_float(shift_right(random[j], 8)), mul(w, bounds.weight));
       uint64_t kept = bits(less_equal(threshold, block.v[j]));
       candidates |= (bits(possible) & kept) << (16 * j);
@@ -369,12 +444,12 @@ void draw(const void* data, int64_t n, int64_t base, const DrawArgs& args, Draw*
   });
 }
 
-constexpr Kernels kKernels[3] = {
-    {scan<BFloat16>, find<BFloat16>, count_equal<BFloat16>, sum_above<BFloat16>,
-     histogram<BFloat16>, draw<BFloat16>},
-    {scan<Half>, find<Half>, count_equal<Half>, sum_above<Half>, histogram<Half>, draw<Half>},
-    {scan<float>, find<float>, count_equal<float>, sum_above<float>, histogram<float>, draw<float>},
-};
+template <typename T>
+constexpr Kernels table() {
+  return {scan<T>, find<T>, count_equal<T>, lane_maxima<T>, sum_above<T>, histogram<T>, draw<T>};
+}
+
+constexpr Kernels kKernels[3] = {table<BFloat16>(), table<Half>(), table<float>()};
 
 }  // namespace
 }  // namespace confidence

@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -83,56 +84,53 @@ struct Plan {
   int64_t group_end(int64_t g) const { return std::min((g + 1) * group, logits.vocab); }
 };
 
-// Statistics of a part of a row; weights are relative to its own maximum.
+// Statistics of a part of a row. Its weights are 2^(x * scale - base).
 struct Partial {
   float max = -kInfinity;
   float second = -kInfinity;
+  double base = -std::numeric_limits<double>::infinity();
   double sum = 0;
   double weighted = 0;
   int64_t best_tile = 0;  // where the first tile with the maximum begins
   bool nan = false;
-  bool infinite = false;
   bool finite = false;
 
-  void absorb(const Partial& other, double scale) {
+  void absorb(Partial other) {
     nan |= other.nan;
-    infinite |= other.infinite;
     finite |= other.finite;
     if (other.max == -kInfinity) return;
     second = std::max({second, other.second, std::min(max, other.max)});
     if (other.max > max) {
-      rescale(other.max, scale);
+      max = other.max;
       best_tile = other.best_tile;
-      sum += other.sum;
-      weighted += other.weighted;
-    } else {
-      Partial smaller = other;
-      smaller.rescale(max, scale);
-      sum += smaller.sum;
-      weighted += smaller.weighted;
     }
+    double common = std::max(base, other.base);
+    rebase(common);
+    other.rebase(common);
+    sum += other.sum;
+    weighted += other.weighted;
   }
 
- private:
-  void rescale(float new_max, double scale) {
-    if (max != new_max && max > -kInfinity) {
-      double shift = (static_cast<double>(max) - new_max) * scale;
+  void rebase(double new_base) {
+    if (sum > 0 && base != new_base) {
+      double shift = base - new_base;
       double factor = std::exp2(shift);
-      weighted = factor * (weighted + shift * sum);
+      weighted = factor > 0 ? factor * (weighted + shift * sum) : 0.0;
       sum *= factor;
     }
-    max = new_max;
+    base = new_base;
   }
 };
 
 Partial scan_group(const Plan& plan, const void* row, int64_t g) {
   Partial result;
+  confidence::ScanOptions options = plan.scan;
   plan.for_tiles(
       row, g * plan.group, plan.group_end(g), [&](const void* x, int64_t n, int64_t begin) {
         confidence::TileStats s;
-        plan.kernels.scan(x, n, plan.scan, &s);
-        Partial tile{s.max, s.second, s.sum, s.weighted, begin, s.nan, s.infinite, s.finite};
-        result.absorb(tile, plan.scan.scale);
+        options.reference = result.max;
+        plan.kernels.scan(x, n, options, &s);
+        result.absorb({s.max, s.second, s.base, s.sum, s.weighted, begin, s.nan, s.finite});
       });
   return result;
 }
@@ -182,6 +180,30 @@ int64_t index_after_ties(const Plan& plan, const void* row, float value, int64_t
   return limit;
 }
 
+// A value that the last kept token is certain to reach, so that the selection can pass over what
+// lies below. Top-p: all values below the floor together have less than half of the mass 1 - top_p.
+// Top-k: the k-th largest of the maxima over disjoint parts of the row.
+float selection_floor(const Plan& plan, const RowPass& pass) {
+  const double vocab = static_cast<double>(plan.logits.vocab);
+  float floor = -kInfinity;
+  if (plan.top_p < 1.0) {
+    double exponent = std::log2((1.0 - plan.top_p) * pass.total.sum / vocab) - 1.0;
+    double value = pass.total.max + std::min(exponent, 0.0) / plan.scan.scale;
+    floor = std::nextafter(static_cast<float>(std::max<double>(value, -FLT_MAX)), -kInfinity);
+  }
+  const int64_t tiles = (plan.logits.vocab + plan.tile - 1) / plan.tile;
+  if (plan.top_k <= tiles * confidence::kLanes && plan.top_k < plan.logits.vocab) {
+    std::vector<float> maxima(static_cast<size_t>(tiles * confidence::kLanes));
+    plan.for_tiles(pass.row, 0, plan.logits.vocab, [&](const void* x, int64_t n, int64_t begin) {
+      plan.kernels.lane_maxima(x, n, &maxima[begin / plan.tile * confidence::kLanes]);
+    });
+    auto kth = maxima.begin() + (plan.top_k - 1);
+    std::nth_element(maxima.begin(), kth, maxima.end(), std::greater<float>());
+    floor = std::max(floor, *kth);
+  }
+  return floor;
+}
+
 // Radix selection of the last kept token over the sortable keys of the logits. A token is kept if
 // fewer than top_k tokens come before it and their mass is at most top_p (the nucleus rule of
 // Holtzman et al., arXiv 1904.09751, with the boundary token inside, as Dream's generation code has
@@ -193,7 +215,9 @@ Kept select_kept(const Plan& plan, const RowPass& pass) {
   constexpr Level kLevels[] = {{21, 32, 11}, {10, 21, 11}, {0, 10, 10}};
   const int64_t vocab = plan.logits.vocab;
   confidence::Histogram histogram;
-  double mass_limit = std::numeric_limits<double>::infinity();
+  const double mass_limit =
+      plan.top_p < 1.0 ? plan.top_p * pass.total.sum : std::numeric_limits<double>::infinity();
+  const float floor = selection_floor(plan, pass);
   int64_t before = 0;
   double mass_before = 0;
   int64_t ties = 0;
@@ -204,15 +228,10 @@ Kept select_kept(const Plan& plan, const RowPass& pass) {
     std::fill_n(histogram.count, bins, 0);
     std::fill_n(histogram.mass, bins, 0.0);
     confidence::HistogramArgs args{
-        pass.total.max, plan.scan.scale, level.bin_shift, level.prefix_shift, key, bins - 1};
+        pass.total.max, plan.scan.scale, floor, level.bin_shift, level.prefix_shift, key, bins - 1};
     plan.for_tiles(pass.row, 0, vocab, [&](const void* x, int64_t n, int64_t) {
       plan.kernels.histogram(x, n, args, &histogram);
     });
-    if (level.prefix_shift == 32 && plan.top_p < 1.0) {
-      double mass = 0;
-      for (uint32_t bin = bins; bin-- > 0;) mass += histogram.mass[bin];
-      mass_limit = plan.top_p * mass;
-    }
     uint32_t boundary = bins;
     for (uint32_t bin = bins; bin-- > 0;) {
       if (histogram.count[bin] == 0) continue;
@@ -266,8 +285,9 @@ RowPass merge_row(const Plan& plan, const void* row, int64_t index, const Partia
   RowPass pass;
   pass.row = row;
   pass.index = index;
-  for (int64_t g = 0; g < plan.groups; ++g) pass.total.absorb(parts[g], plan.scan.scale);
+  for (int64_t g = 0; g < plan.groups; ++g) pass.total.absorb(parts[g]);
   if (pass.empty()) return pass;
+  pass.total.rebase(static_cast<double>(pass.total.max) * plan.scan.scale);
   int64_t begin = pass.total.best_tile;
   plan.for_tiles(row, begin, std::min(begin + plan.tile, plan.logits.vocab),
                  [&](const void* x, int64_t n, int64_t) {

@@ -19,6 +19,9 @@ struct Mask {
   __m256 lo, hi;
 };
 
+// Whether `fma` rounds once.
+constexpr bool kFusedMultiplyAdd = true;
+
 inline F16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store(float* p, F16 a) {
   _mm256_storeu_ps(p, a.lo);

@@ -13,6 +13,9 @@ using F16 = __m512;
 using U16 = __m512i;
 using Mask = __mmask16;
 
+// Whether `fma` rounds once.
+constexpr bool kFusedMultiplyAdd = true;
+
 inline F16 load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, F16 a) { _mm512_storeu_ps(p, a); }
 inline void store(uint32_t* p, U16 a) { _mm512_storeu_si512(p, a); }

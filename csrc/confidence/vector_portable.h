@@ -40,6 +40,9 @@ inline To bit_cast(From from) {
   return to;
 }
 
+// Whether `fma` rounds once.
+constexpr bool kFusedMultiplyAdd = false;
+
 inline F16 load(const float* p) {
   F16 r;
   std::memcpy(&r, p, sizeof(r));

@@ -20,8 +20,8 @@ namespace {
 constexpr int32_t kStatusBadState = 4;
 constexpr int32_t kStatusCacheFull = 16;
 
-// A thread with less to move costs more than it brings.
-constexpr int64_t kBytesPerThread = 65536;
+// A thread with less to move than this costs more to wake than it brings.
+constexpr int64_t kBytesPerThread = 262144;
 
 RotateFunction rotate_function() {
 #if defined(LOPA_X86_KERNELS)

@@ -95,6 +95,7 @@ class Decoder:
         self.config = config
         self.mask = mask
         self.timer = Timer()
+        self.state_device = model.embed.weight.device
         self._compiled = torch.compile(self.graph, fullgraph=True) if compile else None
 
     def forward(
@@ -196,7 +197,7 @@ class Decoder:
 
     def _decode(self, prompts: Sequence[Sequence[int]], on_round: RoundHook | None) -> Decoded:
         c, config = self.model.config, self.config
-        device = self.model.embed.weight.device
+        device = self.state_device
         batch, longest = len(prompts), max(map(len, prompts))
         prompt = torch.full((batch, longest), c.pad_id)
         for row, ids in zip(prompt, prompts, strict=True):

@@ -90,13 +90,22 @@ def attend(
 
 
 def _check_lengths(
-    cache_len: torch.Tensor, length: torch.Tensor, capacity: int, window: int
+    cache_len: torch.Tensor,
+    length: torch.Tensor,
+    prompt_len: torch.Tensor | None,
+    capacity: int,
+    window: int,
 ) -> None:
     for b, value in enumerate(cache_len.tolist()):
         if not 0 <= value <= capacity:
             raise RuntimeError(
                 f"branch_attention: cache_len: expected 0 to {capacity}, the cache's capacity, "
                 f"got {value} in sequence {b}"
+            )
+    for b, value in enumerate([] if prompt_len is None else prompt_len.tolist()):
+        if value < 0:
+            raise RuntimeError(
+                f"branch_attention: prompt_len: expected 0 or more, got {value} in sequence {b}"
             )
     for b, row in enumerate(length.tolist()):
         for k, value in enumerate(row):
@@ -121,7 +130,8 @@ def branch_attention_lse(
     block_size: int | None = None,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_lengths(cache_len, length, k_cache.shape[1], q.shape[2])
+    bound = prompt_len if mask == "block_causal" else None
+    _check_lengths(cache_len, length, bound, k_cache.shape[1], q.shape[2])
     out, lse = attend(
         q, k_cache, v_cache, k_window, v_window, cache_len, length, prompt_len, mask, block_size,
         scale,

@@ -37,6 +37,14 @@ class _Checker:
         check_unit_stride(op, "k_window", k_window)
 
     def tensor(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+        # One comparison where all is well: the wording below costs as much as a small launch.
+        if (
+            tensor.dtype == self.dtype
+            and tensor.shape == shape
+            and tensor.device == self.device
+            and tensor.stride(-1) == 1
+        ):
+            return
         check_dtype(self.op, name, tensor, self.dtype)
         check_shape(self.op, name, tensor, shape)
         check_device(self.op, name, tensor, self.device)

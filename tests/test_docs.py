@@ -1,0 +1,52 @@
+"""Every Python block of the documents runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import lopa_kernels as lk
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "docs/operators.md")
+
+
+def blocks() -> list[tuple[str, str]]:
+    """(document:line, code), the code moved down so that a traceback names the document's line."""
+    found = []
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text()
+        for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            line = text.count("\n", 0, match.start(1))
+            found.append((f"{name}:{line + 1}", "\n" * line + match[1]))
+    return found
+
+
+BLOCKS = blocks()
+
+
+@pytest.mark.parametrize(("place", "code"), BLOCKS, ids=[place for place, _ in BLOCKS])
+def test_block_runs(place: str, code: str) -> None:
+    exec(compile(code, place.partition(":")[0], "exec"), {"__name__": "document"})
+
+
+def test_every_document_has_examples() -> None:
+    assert {place.partition(":")[0] for place, _ in BLOCKS} == set(DOCUMENTS)
+
+
+@pytest.mark.parametrize("name", [n for n in lk.__all__ if n[0].islower()])
+def test_operators_md_names_every_public_function(name: str) -> None:
+    assert re.search(rf"\b{name}\b", (ROOT / "docs/operators.md").read_text())
+
+
+def test_links_lead_somewhere() -> None:
+    for name in (*DOCUMENTS, "CONTRIBUTING.md"):
+        document = ROOT / name
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{name}: {target}"
+    text = (ROOT / "docs/operators.md").read_text()
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
