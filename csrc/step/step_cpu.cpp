@@ -1,8 +1,9 @@
-// lopa_step, branch_step and needed_rows on the CPU: arguments, memory and the loop over
-// sequences; the round itself is in sequence.h.
+// lopa_step, branch_step and needed_rows on the CPU: arguments, memory and the loop over sequences;
+// the round itself is in sequence.h.
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "branch/branch_cpu.h"
@@ -12,51 +13,55 @@
 namespace lopa {
 namespace {
 
-// One list of the state's fields for parameters, calls and checks, in the order of the schema.
-#define LOPA_STATE_PARAMETERS                                                                      \
-  const Tensor &tokens, const Tensor &length, const Tensor &creation, const Tensor &eos,           \
-      const Tensor &branches, const Tensor &cache_len, const Tensor &commit_len,                   \
-      const Tensor &prompt_len, const Tensor &carry_token, const Tensor &carry_prob,               \
-      const Tensor &carry_score, const Tensor &done
-#define LOPA_STATE                                                                                 \
-  StateTensors {                                                                                   \
-    tokens, length, creation, eos, branches, cache_len, commit_len, prompt_len, carry_token,       \
-        carry_prob, carry_score, done                                                              \
+// Many small tensors: see OwnedTensor. One list of the state's fields for parameters, calls and
+// checks, in the order of the schema.
+#define LOPA_STATE_PARAMETERS                                                        \
+  TensorHandle tokens, TensorHandle length, TensorHandle creation, TensorHandle eos, \
+      TensorHandle branches, TensorHandle cache_len, TensorHandle commit_len,        \
+      TensorHandle prompt_len, TensorHandle carry_token, TensorHandle carry_prob,    \
+      TensorHandle carry_score, TensorHandle done
+#define LOPA_STATE                                                                           \
+  StateTensors {                                                                             \
+    tokens, length, creation, eos, branches, cache_len, commit_len, prompt_len, carry_token, \
+        carry_prob, carry_score, done                                                        \
   }
-#define LOPA_NEXT_PARAMETERS                                                                       \
-  const Tensor &next_tokens, const Tensor &next_length, const Tensor &next_creation,               \
-      const Tensor &next_eos, const Tensor &next_branches, const Tensor &next_cache_len,           \
-      const Tensor &next_commit_len, const Tensor &next_prompt_len,                                \
-      const Tensor &next_carry_token, const Tensor &next_carry_prob,                               \
-      const Tensor &next_carry_score, const Tensor &next_done
-#define LOPA_NEXT                                                                                  \
-  StateTensors {                                                                                   \
-    next_tokens, next_length, next_creation, next_eos, next_branches, next_cache_len,              \
-        next_commit_len, next_prompt_len, next_carry_token, next_carry_prob, next_carry_score,     \
-        next_done                                                                                  \
+#define LOPA_NEXT_PARAMETERS                                                                     \
+  TensorHandle next_tokens, TensorHandle next_length, TensorHandle next_creation,                \
+      TensorHandle next_eos, TensorHandle next_branches, TensorHandle next_cache_len,            \
+      TensorHandle next_commit_len, TensorHandle next_prompt_len, TensorHandle next_carry_token, \
+      TensorHandle next_carry_prob, TensorHandle next_carry_score, TensorHandle next_done
+#define LOPA_NEXT                                                                              \
+  StateTensors {                                                                               \
+    next_tokens, next_length, next_creation, next_eos, next_branches, next_cache_len,          \
+        next_commit_len, next_prompt_len, next_carry_token, next_carry_prob, next_carry_score, \
+        next_done                                                                              \
   }
-#define LOPA_RESULT_PARAMETERS                                                                     \
-  const Tensor &winner, const Tensor &filled, const Tensor &confidence, const Tensor &committed,   \
-      const Tensor &status
-#define LOPA_RESULT                                                                                \
+#define LOPA_RESULT_PARAMETERS                                                               \
+  TensorHandle winner, TensorHandle filled, TensorHandle confidence, TensorHandle committed, \
+      TensorHandle status
+#define LOPA_RESULT \
   ResultTensors { winner, filled, confidence, committed, status }
-#define LOPA_CONFIG_PARAMETERS                                                                     \
-  int64_t out_branches, int64_t out_window, double tau_conf, double tau_add, double tau_act,       \
-      int64_t block_size, int64_t max_new_tokens, int64_t mask_id, int64_t eos_id,                 \
-      const std::string &accept, const std::string &fallback, const std::string &reduction,        \
-      double fraction, std::optional<int64_t> group, double alpha, bool shift, bool force_anchor
-#define LOPA_CONFIG                                                                                \
-  make_config(op, out_branches, out_window, tau_conf, tau_add, tau_act, block_size,                \
-              max_new_tokens, mask_id, eos_id, accept, fallback, reduction, fraction, group,       \
+#define LOPA_STATISTICS_PARAMETERS TensorHandle token, TensorHandle prob, TensorHandle score
+#define LOPA_STATISTICS \
+  StatisticsTensors { token, prob, score }
+#define LOPA_CONFIG_PARAMETERS                                                               \
+  int64_t out_branches, int64_t out_window, double tau_conf, double tau_add, double tau_act, \
+      int64_t block_size, int64_t max_new_tokens, int64_t mask_id, int64_t eos_id,           \
+      TextHandle accept, TextHandle fallback, TextHandle reduction, double fraction,         \
+      std::optional<int64_t> group, double alpha, bool shift, bool force_anchor
+#define LOPA_CONFIG                                                                          \
+  make_config(op, out_branches, out_window, tau_conf, tau_add, tau_act, block_size,          \
+              max_new_tokens, mask_id, eos_id, accept, fallback, reduction, fraction, group, \
               alpha, shift, force_anchor)
-#define LOPA_VOCABULARY_PARAMETERS                                                                 \
+#define LOPA_VOCABULARY_PARAMETERS \
   const Tensor &logits, const OptTensor &rows, const OptTensor &seed, const OptTensor &step
-#define LOPA_SAMPLING_PARAMETERS                                                                   \
-  const std::string &metric, double temperature, std::optional<int64_t> top_k,                     \
-      std::optional<double> top_p
-#define LOPA_SAMPLING make_confidence_config(op, metric, temperature, top_k, top_p, seed, step)
+#define LOPA_SAMPLING_PARAMETERS \
+  TextHandle metric, double temperature, std::optional<int64_t> top_k, std::optional<double> top_p
+#define LOPA_SAMPLING make_confidence_config(op, metric_name, temperature, top_k, top_p, seed, step)
 
 RoundConfig make_config(const char* op, LOPA_CONFIG_PARAMETERS) {
+  const std::string accept_name = take_text(accept), fallback_name = take_text(fallback),
+                    reduction_name = take_text(reduction);
   check_at_least(op, "out_branches", out_branches, 1);
   check_at_least(op, "block_size", block_size, 1);
   check_at_least(op, "out_window", out_window, block_size);
@@ -65,10 +70,10 @@ RoundConfig make_config(const char* op, LOPA_CONFIG_PARAMETERS) {
   check_share(op, "tau_act", tau_act);
   if (std::isnan(tau_conf)) fail(op, "tau_conf", "a number", "NaN");
   RoundConfig config;
-  config.select = {static_cast<float>(tau_conf), least_count(tau_act, block_size),
-                   block_size,                   mask_id,
-                   parse_accept(op, accept),     parse_fallback(op, fallback)};
-  config.reduce = parse_reduction(op, reduction, fraction, group, alpha);
+  config.select = {
+      static_cast<float>(tau_conf),  least_count(tau_act, block_size), block_size, mask_id,
+      parse_accept(op, accept_name), parse_fallback(op, fallback_name)};
+  config.reduce = parse_reduction(op, reduction_name, fraction, group, alpha);
   config.branches = out_branches;
   config.window = out_window;
   config.add_count = least_count(tau_add, block_size);
@@ -79,19 +84,23 @@ RoundConfig make_config(const char* op, LOPA_CONFIG_PARAMETERS) {
   return config;
 }
 
-// By value: a contiguous copy may stand in for what the caller passed.
-struct StateTensors {
-  Tensor tokens, length, creation, eos, branches, cache_len, commit_len, prompt_len, carry_token,
-      carry_prob, carry_score, done;
+// Every tensor of the round is held to its dtype and shape; the failing one is named.
+void check_owned(const char* op, const std::string& prefix, const char* name,
+                 const OwnedTensor& tensor, ScalarType dtype,
+                 std::initializer_list<int64_t> shape) {
+  if (!tensor.is(aoti_torch_device_type_cpu(), dtype, shape)) {
+    check_tensor(op, (prefix + name).c_str(), tensor.shared(), dtype, shape);
+  }
+}
 
-  void check(const char* op, const std::string& prefix, int64_t B, int64_t K, int64_t W) const {
-    auto check = [&](const char* name, const Tensor& tensor, ScalarType dtype,
+struct StateTensors {
+  OwnedTensor tokens, length, creation, eos, branches, cache_len, commit_len, prompt_len,
+      carry_token, carry_prob, carry_score, done;
+
+  void check(const char* op, const char* prefix, int64_t B, int64_t K, int64_t W) const {
+    auto check = [&](const char* name, const OwnedTensor& tensor, ScalarType dtype,
                      std::initializer_list<int64_t> shape) {
-      if (!tensor.is_cpu() || tensor.scalar_type() != dtype ||
-          tensor.sizes().size() != shape.size() ||
-          !std::equal(shape.begin(), shape.end(), tensor.sizes().begin())) {
-        check_tensor(op, (prefix + name).c_str(), tensor, dtype, shape);
-      }
+      check_owned(op, prefix, name, tensor, dtype, shape);
     };
     check("tokens", tokens, ScalarType::Long, {B, K, W});
     check("length", length, ScalarType::Int, {B, K});
@@ -109,53 +118,69 @@ struct StateTensors {
 
   template <typename F>
   void each(const F& f) {
-    for (Tensor* tensor : {&tokens, &length, &creation, &eos, &branches, &cache_len, &commit_len,
-                           &prompt_len, &carry_token, &carry_prob, &carry_score, &done}) {
+    for (OwnedTensor* tensor :
+         {&tokens, &length, &creation, &eos, &branches, &cache_len, &commit_len, &prompt_len,
+          &carry_token, &carry_prob, &carry_score, &done}) {
       f(*tensor);
     }
   }
 };
 
+struct StatisticsTensors {
+  OwnedTensor token, prob, score;
+};
+
 struct ResultTensors {
-  Tensor winner, filled, confidence, committed, status;
+  OwnedTensor winner, filled, confidence, committed, status;
 
   void check(const char* op, int64_t B, int64_t K, int64_t W) const {
-    check_tensor(op, "winner", winner, ScalarType::Int, {B});
-    check_tensor(op, "filled", filled, ScalarType::Int, {B});
-    check_tensor(op, "confidence", confidence, ScalarType::Float, {B, K});
-    check_tensor(op, "committed", committed, ScalarType::Long, {B, W});
-    check_tensor(op, "status", status, ScalarType::Int, {B});
+    auto check = [&](const char* name, const OwnedTensor& tensor, ScalarType dtype,
+                     std::initializer_list<int64_t> shape) {
+      check_owned(op, "", name, tensor, dtype, shape);
+    };
+    check("winner", winner, ScalarType::Int, {B});
+    check("filled", filled, ScalarType::Int, {B});
+    check("confidence", confidence, ScalarType::Float, {B, K});
+    check("committed", committed, ScalarType::Long, {B, W});
+    check("status", status, ScalarType::Int, {B});
   }
 
   template <typename F>
   void each(const F& f) {
-    for (Tensor* tensor : {&winner, &filled, &confidence, &committed, &status}) f(*tensor);
+    for (OwnedTensor* tensor : {&winner, &filled, &confidence, &committed, &status}) f(*tensor);
   }
 };
 
-using StepTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                             Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                             Tensor>;
+template <size_t>
+using Handle = TensorHandle;
+
+template <size_t... I>
+std::tuple<Handle<I>...> handles(std::index_sequence<I...>);
+
+// The next state and the results, in the order of the schema.
+using StepTuple = decltype(handles(std::make_index_sequence<17>()));
 
 class Round {
  public:
   Round(const char* op, StateTensors state, const RoundConfig& config)
       : op_(op), in_(std::move(state)), config_(config) {
-    if (in_.tokens.dim() != 3) fail(op, "tokens", "shape [B, K, W]", shape_string(in_.tokens));
-    B_ = in_.tokens.size(0);
-    K_ = in_.tokens.size(1);
-    W_ = in_.tokens.size(2);
+    const auto shape = in_.tokens.sizes();
+    if (shape.size() != 3) {
+      fail(op, "tokens", "shape [B, K, W]", shape_string(shape.data(), shape.size()));
+    }
+    B_ = shape[0];
+    K_ = shape[1];
+    W_ = shape[2];
     check_at_least(op, "branches of tokens", K_, 1);
     check_at_least(op, "columns of tokens", W_, 1);
     in_.check(op, "", B_, K_, W_);
-    in_.each([](Tensor& tensor) { tensor = as_contiguous(tensor); });
   }
 
   void allocate() {
-    const Tensor& like = in_.tokens;
     const int64_t K = config_.branches, W = config_.window;
+    const int32_t cpu = aoti_torch_device_type_cpu();
     auto make = [&](ScalarType dtype, std::initializer_list<int64_t> shape) {
-      return empty(shape, dtype, like);
+      return OwnedTensor(TensorHandle{empty_handle(shape, dtype, cpu, 0)});
     };
     out_ = {make(ScalarType::Long, {B_, K, W}), make(ScalarType::Int, {B_, K}),
             make(ScalarType::Float, {B_, K}),   make(ScalarType::Bool, {B_, K}),
@@ -166,28 +191,27 @@ class Round {
     result_ = {make(ScalarType::Int, {B_}), make(ScalarType::Int, {B_}),
                make(ScalarType::Float, {B_, K_}), make(ScalarType::Long, {B_, W_}),
                make(ScalarType::Int, {B_})};
+    point(out_);
   }
 
   void write_to(StateTensors next, ResultTensors result) {
     next.check(op_, "next_", B_, config_.branches, config_.window);
-    result.check(op_, B_, K_, W_);
-    auto check = [&](Tensor& tensor) {
-      if (!tensor.is_contiguous()) fail(op_, "outputs", "contiguous tensors", "strided");
-    };
-    next.each(check);
-    result.each(check);
+    next.each([&](OwnedTensor& tensor) { check_output(tensor); });
     out_ = std::move(next);
-    result_ = std::move(result);
+    take(std::move(result));
+    point(out_);
   }
 
   // The mutated state itself must be what was passed, not a contiguous copy of it.
-  void write_in_place(const StateTensors& state, ResultTensors result) {
+  void write_in_place(ResultTensors result) {
     if (config_.branches != K_ || config_.window != W_) {
       fail(op_, "out_branches, out_window",
            std::to_string(K_) + ", " + std::to_string(W_) + " for an in-place step",
            std::to_string(config_.branches) + ", " + std::to_string(config_.window));
     }
-    write_to(state, std::move(result));
+    in_.each([&](OwnedTensor& tensor) { check_output(tensor); });
+    take(std::move(result));
+    point(in_);
   }
 
   void run_from_logits(LOPA_VOCABULARY_PARAMETERS, const ConfidenceConfig& sampling) {
@@ -200,8 +224,8 @@ class Round {
     } else if (logits.dim() != 4 || logits.size(0) != B_ || logits.size(1) != K_ ||
                logits.size(2) != W_) {
       fail(op_, "logits",
-           "shape [" + std::to_string(B_) + ", " + std::to_string(K_) + ", " +
-               std::to_string(W_) + ", V], or rows",
+           "shape [" + std::to_string(B_) + ", " + std::to_string(K_) + ", " + std::to_string(W_) +
+               ", V], or rows",
            "shape " + shape_string(logits));
     }
     const int32_t* row_of = rows ? data<int32_t>(map) : nullptr;
@@ -241,61 +265,111 @@ class Round {
     run({token.data(), prob.data(), score.data()}, status.data());
   }
 
-  void run_from_stats(const Tensor& token, const Tensor& prob, const Tensor& score) {
-    check_tensor(op_, "token", token, ScalarType::Long, {B_, K_, W_});
-    check_tensor(op_, "prob", prob, ScalarType::Float, {B_, K_, W_});
-    check_tensor(op_, "score", score, ScalarType::Float, {B_, K_, W_});
-    const Tensor token_c = as_contiguous(token), prob_c = as_contiguous(prob),
-                 score_c = as_contiguous(score);
-    run({data<int64_t>(token_c), data<float>(prob_c), data<float>(score_c)}, nullptr);
+  void run_from_stats(StatisticsTensors statistics) {
+    auto& [token, prob, score] = statistics;
+    check_owned(op_, "", "token", token, ScalarType::Long, {B_, K_, W_});
+    check_owned(op_, "", "prob", prob, ScalarType::Float, {B_, K_, W_});
+    check_owned(op_, "", "score", score, ScalarType::Float, {B_, K_, W_});
+    token = as_contiguous(std::move(token));
+    prob = as_contiguous(std::move(prob));
+    score = as_contiguous(std::move(score));
+    run({data<int64_t>(token), data<float>(prob), data<float>(score)}, nullptr);
   }
 
-  StepTuple result() const {
-    return {out_.tokens,     out_.length,      out_.creation,       out_.eos,
-            out_.branches,   out_.cache_len,   out_.commit_len,     out_.prompt_len,
-            out_.carry_token, out_.carry_prob, out_.carry_score,    out_.done,
-            result_.winner,  result_.filled,   result_.confidence,  result_.committed,
-            result_.status};
+  StepTuple result() {
+    return {out_.tokens.release(),       out_.length.release(),      out_.creation.release(),
+            out_.eos.release(),          out_.branches.release(),    out_.cache_len.release(),
+            out_.commit_len.release(),   out_.prompt_len.release(),  out_.carry_token.release(),
+            out_.carry_prob.release(),   out_.carry_score.release(), out_.done.release(),
+            result_.winner.release(),    result_.filled.release(),   result_.confidence.release(),
+            result_.committed.release(), result_.status.release()};
   }
 
  private:
+  void check_output(const OwnedTensor& tensor) const {
+    if (!tensor.is_contiguous()) fail(op_, "outputs", "contiguous tensors", "strided");
+  }
+
+  void take(ResultTensors result) {
+    result.check(op_, B_, K_, W_);
+    result.each([&](OwnedTensor& tensor) { check_output(tensor); });
+    result_ = std::move(result);
+  }
+
+  // Reads every address once; a sequence's are offsets from them.
+  void point(const StateTensors& next) {
+    in_.each([](OwnedTensor& tensor) { tensor = as_contiguous(std::move(tensor)); });
+    first_ = {K_,
+              W_,
+              data<int64_t>(in_.tokens),
+              data<int32_t>(in_.length),
+              data<float>(in_.creation),
+              data<bool>(in_.eos),
+              0,
+              0,
+              0,
+              0,
+              0,
+              0.0f,
+              0.0f,
+              false};
+    branches_ = data<int32_t>(in_.branches);
+    cache_len_ = data<int32_t>(in_.cache_len);
+    commit_len_ = data<int32_t>(in_.commit_len);
+    prompt_len_ = data<int32_t>(in_.prompt_len);
+    carry_token_ = data<int64_t>(in_.carry_token);
+    carry_prob_ = data<float>(in_.carry_prob);
+    carry_score_ = data<float>(in_.carry_score);
+    done_ = data<bool>(in_.done);
+    first_out_ = {mutable_data<int64_t>(next.tokens),      mutable_data<int32_t>(next.length),
+                  mutable_data<float>(next.creation),      mutable_data<bool>(next.eos),
+                  mutable_data<int32_t>(next.branches),    mutable_data<int32_t>(next.cache_len),
+                  mutable_data<int32_t>(next.commit_len),  mutable_data<int32_t>(next.prompt_len),
+                  mutable_data<int64_t>(next.carry_token), mutable_data<float>(next.carry_prob),
+                  mutable_data<float>(next.carry_score),   mutable_data<bool>(next.done),
+                  mutable_data<int32_t>(result_.winner),   mutable_data<int32_t>(result_.filled),
+                  mutable_data<float>(result_.confidence), mutable_data<int64_t>(result_.committed),
+                  mutable_data<int32_t>(result_.status)};
+  }
+
   SequenceView sequence(int64_t b) const {
+    SequenceView s = first_;
     const int64_t bk = b * K_;
-    return {K_,
-            W_,
-            data<int64_t>(in_.tokens) + bk * W_,
-            data<int32_t>(in_.length) + bk,
-            data<float>(in_.creation) + bk,
-            data<bool>(in_.eos) + bk,
-            data<int32_t>(in_.branches)[b],
-            data<int32_t>(in_.cache_len)[b],
-            data<int32_t>(in_.commit_len)[b],
-            data<int32_t>(in_.prompt_len)[b],
-            data<int64_t>(in_.carry_token)[b],
-            data<float>(in_.carry_prob)[b],
-            data<float>(in_.carry_score)[b],
-            data<bool>(in_.done)[b]};
+    s.tokens += bk * W_;
+    s.length += bk;
+    s.creation += bk;
+    s.eos += bk;
+    s.branches = branches_[b];
+    s.cache_len = cache_len_[b];
+    s.commit_len = commit_len_[b];
+    s.prompt_len = prompt_len_[b];
+    s.carry_token = carry_token_[b];
+    s.carry_prob = carry_prob_[b];
+    s.carry_score = carry_score_[b];
+    s.done = done_[b];
+    return s;
   }
 
   SequenceOutput output(int64_t b) const {
+    const SequenceOutput& o = first_out_;
     const int64_t bk = b * config_.branches;
-    return {mutable_data<int64_t>(out_.tokens) + bk * config_.window,
-            mutable_data<int32_t>(out_.length) + bk,
-            mutable_data<float>(out_.creation) + bk,
-            mutable_data<bool>(out_.eos) + bk,
-            mutable_data<int32_t>(out_.branches) + b,
-            mutable_data<int32_t>(out_.cache_len) + b,
-            mutable_data<int32_t>(out_.commit_len) + b,
-            mutable_data<int32_t>(out_.prompt_len) + b,
-            mutable_data<int64_t>(out_.carry_token) + b,
-            mutable_data<float>(out_.carry_prob) + b,
-            mutable_data<float>(out_.carry_score) + b,
-            mutable_data<bool>(out_.done) + b,
-            mutable_data<int32_t>(result_.winner) + b,
-            mutable_data<int32_t>(result_.filled) + b,
-            mutable_data<float>(result_.confidence) + b * K_,
-            mutable_data<int64_t>(result_.committed) + b * W_,
-            mutable_data<int32_t>(result_.status) + b};
+    return {o.tokens + bk * config_.window,
+            o.length + bk,
+            o.creation + bk,
+            o.eos + bk,
+            o.branches + b,
+            o.cache_len + b,
+            o.commit_len + b,
+            o.prompt_len + b,
+            o.carry_token + b,
+            o.carry_prob + b,
+            o.carry_score + b,
+            o.done + b,
+            o.winner + b,
+            o.filled + b,
+            o.confidence + b * K_,
+            o.committed + b * W_,
+            o.status + b};
   }
 
   void run(const ColumnStats& stats, const int32_t* status) {
@@ -317,13 +391,22 @@ class Round {
   int64_t B_, K_, W_;
   StateTensors out_;
   ResultTensors result_;
+  SequenceView first_;
+  SequenceOutput first_out_;
+  const int32_t *branches_, *cache_len_, *commit_len_, *prompt_len_;
+  const int64_t* carry_token_;
+  const float *carry_prob_, *carry_score_;
+  const bool* done_;
 };
 
 StepTuple lopa_step(LOPA_VOCABULARY_PARAMETERS, LOPA_STATE_PARAMETERS, LOPA_CONFIG_PARAMETERS,
                     LOPA_SAMPLING_PARAMETERS) {
   const char* op = "lopa_step";
+  StateTensors state = LOPA_STATE;
+  const std::string metric_name = take_text(metric);
+  const RoundConfig config = LOPA_CONFIG;
   const ConfidenceConfig sampling = LOPA_SAMPLING;
-  Round round(op, LOPA_STATE, LOPA_CONFIG);
+  Round round(op, std::move(state), config);
   round.allocate();
   round.run_from_logits(logits, rows, seed, step, sampling);
   return round.result();
@@ -332,45 +415,62 @@ StepTuple lopa_step(LOPA_VOCABULARY_PARAMETERS, LOPA_STATE_PARAMETERS, LOPA_CONF
 void lopa_step_out(LOPA_VOCABULARY_PARAMETERS, LOPA_STATE_PARAMETERS, LOPA_CONFIG_PARAMETERS,
                    LOPA_SAMPLING_PARAMETERS, LOPA_NEXT_PARAMETERS, LOPA_RESULT_PARAMETERS) {
   const char* op = "lopa_step_out";
+  StateTensors state = LOPA_STATE, next = LOPA_NEXT;
+  ResultTensors result = LOPA_RESULT;
+  const std::string metric_name = take_text(metric);
+  const RoundConfig config = LOPA_CONFIG;
   const ConfidenceConfig sampling = LOPA_SAMPLING;
-  Round round(op, LOPA_STATE, LOPA_CONFIG);
-  round.write_to(LOPA_NEXT, LOPA_RESULT);
+  Round round(op, std::move(state), config);
+  round.write_to(std::move(next), std::move(result));
   round.run_from_logits(logits, rows, seed, step, sampling);
 }
 
 void lopa_step_(LOPA_VOCABULARY_PARAMETERS, LOPA_STATE_PARAMETERS, LOPA_CONFIG_PARAMETERS,
                 LOPA_SAMPLING_PARAMETERS, LOPA_RESULT_PARAMETERS) {
   const char* op = "lopa_step_";
+  StateTensors state = LOPA_STATE;
+  ResultTensors result = LOPA_RESULT;
+  const std::string metric_name = take_text(metric);
+  const RoundConfig config = LOPA_CONFIG;
   const ConfidenceConfig sampling = LOPA_SAMPLING;
-  Round round(op, LOPA_STATE, LOPA_CONFIG);
-  round.write_in_place(LOPA_STATE, LOPA_RESULT);
+  Round round(op, std::move(state), config);
+  round.write_in_place(std::move(result));
   round.run_from_logits(logits, rows, seed, step, sampling);
 }
 
-StepTuple branch_step(const Tensor& token, const Tensor& prob, const Tensor& score,
-                      LOPA_STATE_PARAMETERS, LOPA_CONFIG_PARAMETERS) {
+StepTuple branch_step(LOPA_STATISTICS_PARAMETERS, LOPA_STATE_PARAMETERS, LOPA_CONFIG_PARAMETERS) {
   const char* op = "branch_step";
-  Round round(op, LOPA_STATE, LOPA_CONFIG);
+  StatisticsTensors statistics = LOPA_STATISTICS;
+  StateTensors state = LOPA_STATE;
+  const RoundConfig config = LOPA_CONFIG;
+  Round round(op, std::move(state), config);
   round.allocate();
-  round.run_from_stats(token, prob, score);
+  round.run_from_stats(std::move(statistics));
   return round.result();
 }
 
-void branch_step_out(const Tensor& token, const Tensor& prob, const Tensor& score,
-                     LOPA_STATE_PARAMETERS, LOPA_CONFIG_PARAMETERS, LOPA_NEXT_PARAMETERS,
-                     LOPA_RESULT_PARAMETERS) {
+void branch_step_out(LOPA_STATISTICS_PARAMETERS, LOPA_STATE_PARAMETERS, LOPA_CONFIG_PARAMETERS,
+                     LOPA_NEXT_PARAMETERS, LOPA_RESULT_PARAMETERS) {
   const char* op = "branch_step_out";
-  Round round(op, LOPA_STATE, LOPA_CONFIG);
-  round.write_to(LOPA_NEXT, LOPA_RESULT);
-  round.run_from_stats(token, prob, score);
+  StatisticsTensors statistics = LOPA_STATISTICS;
+  StateTensors state = LOPA_STATE, next = LOPA_NEXT;
+  ResultTensors result = LOPA_RESULT;
+  const RoundConfig config = LOPA_CONFIG;
+  Round round(op, std::move(state), config);
+  round.write_to(std::move(next), std::move(result));
+  round.run_from_stats(std::move(statistics));
 }
 
-void branch_step_(const Tensor& token, const Tensor& prob, const Tensor& score,
-                  LOPA_STATE_PARAMETERS, LOPA_CONFIG_PARAMETERS, LOPA_RESULT_PARAMETERS) {
+void branch_step_(LOPA_STATISTICS_PARAMETERS, LOPA_STATE_PARAMETERS, LOPA_CONFIG_PARAMETERS,
+                  LOPA_RESULT_PARAMETERS) {
   const char* op = "branch_step_";
-  Round round(op, LOPA_STATE, LOPA_CONFIG);
-  round.write_in_place(LOPA_STATE, LOPA_RESULT);
-  round.run_from_stats(token, prob, score);
+  StatisticsTensors statistics = LOPA_STATISTICS;
+  StateTensors state = LOPA_STATE;
+  ResultTensors result = LOPA_RESULT;
+  const RoundConfig config = LOPA_CONFIG;
+  Round round(op, std::move(state), config);
+  round.write_in_place(std::move(result));
+  round.run_from_stats(std::move(statistics));
 }
 
 std::tuple<Tensor, Tensor, Tensor> needed_rows(const Tensor& tokens_in, const Tensor& length_in,

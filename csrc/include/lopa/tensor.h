@@ -7,10 +7,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <utility>
 
 namespace lopa {
 
@@ -19,7 +21,8 @@ using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
 
 // `torch::stable::empty` goes through the dispatcher (about 1 us a call); this does not.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+inline AtenTensorHandle empty_handle(std::initializer_list<int64_t> sizes, ScalarType dtype,
+                                     int32_t device_type, int32_t device_index) {
   int64_t strides[8];
   int64_t ndim = static_cast<int64_t>(sizes.size());
   int64_t stride = 1;
@@ -28,29 +31,124 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
     strides[d] = stride;
     stride *= size[d] > 1 ? size[d] : 1;
   }
-  int32_t device_type = 0;
-  int32_t device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, size, strides, shim_dtype,
                                                          device_type, device_index, &handle));
-  return Tensor(handle);
+  return handle;
 }
 
-template <typename T>
-const T* data(const Tensor& tensor) {
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  return Tensor(empty_handle(sizes, dtype, device_type, device_index));
+}
+
+// A tensor as an argument or result of a boxed kernel, owned by whoever holds it. (The shim's own
+// conversions are ambiguous for a bare AtenTensorHandle.)
+struct TensorHandle {
+  AtenTensorHandle handle;
+};
+
+// A string argument of a boxed kernel. Where the kernel names std::string, torch::stable makes the
+// string with a `new` that nothing deletes (ToImpl<std::string> of torch 2.13).
+struct TextHandle {
+  StringHandle handle;
+};
+
+// The string, whose handle is given back.
+inline std::string take_text(TextHandle text) {
+  size_t length = 0;
+  const char* characters = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(text.handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(text.handle, &characters));
+  std::string copy(characters, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(text.handle));
+  return copy;
+}
+
+// A tensor with one owner, for operators of many small tensors: `Tensor` allocates a shared count
+// for each that comes in, and that and a second handle for each that goes out. A kernel takes and
+// returns TensorHandle then, and owns what it is given: the conversion comes before anything that
+// can throw.
+class OwnedTensor {
+ public:
+  OwnedTensor() = default;
+  OwnedTensor(TensorHandle given) : handle_(given.handle) {}
+  OwnedTensor(OwnedTensor&& other) noexcept : handle_(other.release().handle) {}
+  OwnedTensor& operator=(OwnedTensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  ~OwnedTensor() {
+    if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  TensorHandle release() { return {std::exchange(handle_, nullptr)}; }
+
+  // The same tensor for what asks for a `Tensor`, such as the wording of an error.
+  Tensor shared() const {
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &handle));
+    return Tensor(handle);
+  }
+
+  torch::headeronly::IntHeaderOnlyArrayRef sizes() const {
+    int64_t ndim = 0;
+    int64_t* sizes = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle_, &ndim));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle_, &sizes));
+    return {sizes, static_cast<size_t>(ndim)};
+  }
+
+  bool is(int32_t device_type, ScalarType dtype, std::initializer_list<int64_t> shape) const {
+    int32_t own_device = 0, own_dtype = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &own_device));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &own_dtype));
+    const auto own = sizes();
+    return own_device == device_type &&
+           own_dtype == torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)) &&
+           std::equal(shape.begin(), shape.end(), own.begin(), own.end());
+  }
+
+  bool is_contiguous() const {
+    bool contiguous = false;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_, &contiguous));
+    return contiguous;
+  }
+
+  void* data_ptr() const {
+    void* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle_, &data));
+    return data;
+  }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
+
+template <typename T, typename AnyTensor>
+const T* data(const AnyTensor& tensor) {
   return static_cast<const T*>(tensor.data_ptr());
 }
 
-template <typename T>
-T* mutable_data(const Tensor& tensor) {
+template <typename T, typename AnyTensor>
+T* mutable_data(const AnyTensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline OwnedTensor as_contiguous(OwnedTensor tensor) {
+  if (tensor.is_contiguous()) return tensor;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_new_tensor_handle(torch::stable::contiguous(tensor.shared()).get(), &handle));
+  return TensorHandle{handle};
 }
 
 inline const char* dtype_name(ScalarType dtype) { return torch::headeronly::toString(dtype); }
