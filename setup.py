@@ -41,8 +41,11 @@ class CMakeBuild(build_ext):
             f"-DLOPA_TORCH_DIR={torch_dir()}",
             f"-DLOPA_OUTPUT_DIR={build / 'lib'}",
         ]
-        if not (build / "CMakeCache.txt").exists() and shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
+        cache = build / "CMakeCache.txt"
+        ninja = shutil.which("ninja")
+        if ninja and (not cache.exists() or "CMAKE_GENERATOR:INTERNAL=Ninja" in cache.read_text()):
+            # An old cache may name the ninja of an environment that is gone.
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)

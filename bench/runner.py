@@ -50,6 +50,12 @@ class Roofline:
     read_bytes_per_s: float
     flops_per_s: float
 
+    def best_of(self, other: Roofline) -> Roofline:
+        return Roofline(
+            max(self.read_bytes_per_s, other.read_bytes_per_s),
+            max(self.flops_per_s, other.flops_per_s),
+        )
+
     def seconds(self, case: Case) -> float:
         """The least time for a case's memory and arithmetic."""
         return max(case.bytes / self.read_bytes_per_s, case.flops / self.flops_per_s)

@@ -130,7 +130,7 @@ def empty_step(state: LopaState, config: LopaConfig) -> LopaStep:
     batch, branches, window = state.tokens.shape
     next_branches = branches if config.branches is None else config.branches
     next_window = window if config.window is None else config.window
-    sizes = {"tokens": (batch, next_branches, next_window)}
+    sizes: dict[str, tuple[int, ...]] = {"tokens": (batch, next_branches, next_window)}
     for name in ("length", "creation", "eos"):
         sizes[name] = (batch, next_branches)
 
@@ -152,20 +152,21 @@ def empty_step(state: LopaState, config: LopaConfig) -> LopaStep:
     )
 
 
-_DTYPES = LopaState(
-    tokens=torch.int64,
-    length=torch.int32,
-    creation=torch.float32,
-    eos=torch.bool,
-    branches=torch.int32,
-    cache_len=torch.int32,
-    commit_len=torch.int32,
-    prompt_len=torch.int32,
-    carry_token=torch.int64,
-    carry_prob=torch.float32,
-    carry_score=torch.float32,
-    done=torch.bool,
-)  # type: ignore[arg-type]
+#: dtypes of the fields of LopaState, in their order
+_DTYPES = (
+    torch.int64,  # tokens
+    torch.int32,  # length
+    torch.float32,  # creation
+    torch.bool,  # eos
+    torch.int32,  # branches
+    torch.int32,  # cache_len
+    torch.int32,  # commit_len
+    torch.int32,  # prompt_len
+    torch.int64,  # carry_token
+    torch.float32,  # carry_prob
+    torch.float32,  # carry_score
+    torch.bool,  # done
+)
 
 
 def check_state(op: str, state: LopaState, prefix: str = "state.") -> None:
@@ -187,6 +188,6 @@ def check_state(op: str, state: LopaState, prefix: str = "state.") -> None:
         shape = tokens.shape if index == 0 else (batch, branches) if index < 4 else (batch,)
         if tensor.dtype != _DTYPES[index] or tensor.shape != shape or tensor.device != device:
             name = prefix + LopaState._fields[index]
-            check_dtype(op, name, tensor, _DTYPES[index])  # type: ignore[arg-type]
+            check_dtype(op, name, tensor, _DTYPES[index])
             check_shape(op, name, tensor, shape)
             check_device(op, name, tensor, device)

@@ -78,16 +78,15 @@ def run(cases: list[Case], tmp_path: Path, *arguments: str) -> tuple[int, dict[s
 
 
 def test_program_end_to_end(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    files = tmp_path / "out.json", tmp_path / "out.png"
+    path = tmp_path / "out.json"
     command = [sys.executable, "-m", "bench", "--quick", "--op", "branch_step", "--threads", "1"]
-    command += ["--case", "B 1 K 8", "--json", str(files[0]), "--plot", str(files[1])]
+    command += ["--case", "B 1 K 8", "--json", str(path)]
     # The package is found wherever the tests run from.
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "## branch_step" in done.stdout
     assert "- threads: 1" in done.stdout
-    written = json.loads(files[0].read_text())
+    written = json.loads(path.read_text())
     assert written["schema"] == report.SCHEMA
     assert {"torch", "cpu", "cpu kernels", "threads", "device"} <= set(written["environment"])
     assert all(value > 0 for value in written["roofline"].values())
@@ -104,7 +103,16 @@ def test_program_end_to_end(tmp_path: Path) -> None:
         assert row["check"] in ("ok", "reference")
         assert row["microseconds"]["low"] <= row["microseconds"]["median"]
         assert row["microseconds"]["median"] <= row["microseconds"]["high"]
-    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "out.png"
+    # With a failed operator, and with nothing at all to draw.
+    for cases in ([sum_case(), wrong_case("other")], [wrong_case()]):
+        run(cases, tmp_path, "--plot", str(path))
+        assert path.read_bytes().startswith(b"\x89PNG")
+        path.unlink()
 
 
 def test_figures_follow_from_the_median(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_demo_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     arguments = ["--problems", "2", "--branches", "1", "3", "--json", str(path)]
     assert demo.main(arguments) == 0
     printed = capsys.readouterr().out
-    for word in ("vanilla", "confidence", "LoPA K=3", "TPF", "lopa_step s"):
+    for word in ("vanilla", "confidence", "LoPA K=3", "TPF", "lopa_step"):
         assert word in printed
     results = json.loads(path.read_text())["results"]
     assert results["vanilla"]["tpf"] == pytest.approx(1.0, abs=0.05)

@@ -45,9 +45,10 @@ namespace {
 
 Tensor branch_confidence(const Tensor& score_in, const Tensor& open_in, const Tensor& creation_in,
                          const OptTensor& branches_in, const OptTensor& length_in,
-                         const std::string& reduction, double fraction,
-                         std::optional<int64_t> group, double alpha) {
+                         TextHandle reduction_text, double fraction, std::optional<int64_t> group,
+                         double alpha) {
   const char* op = "branch_confidence";
+  const std::string reduction = take_text(reduction_text);
   const ReductionConfig config = parse_reduction(op, reduction, fraction, group, alpha);
   if (score_in.dim() != 3) fail(op, "score", "shape [B, K, W]", shape_string(score_in));
   const int64_t B = score_in.size(0), K = score_in.size(1), W = score_in.size(2);
@@ -96,8 +97,9 @@ std::tuple<Tensor, Tensor, Tensor> select_positions(
     const Tensor& token_in, const Tensor& prob_in, const Tensor& score_in, const Tensor& tokens_in,
     const Tensor& length_in, const Tensor& cache_len_in, const Tensor& prompt_len_in,
     int64_t num_lookahead, double tau_conf, double tau_act, int64_t block_size, int64_t mask_id,
-    const std::string& accept, const std::string& fallback) {
+    TextHandle accept_text, TextHandle fallback_text) {
   const char* op = "select_positions";
+  const std::string accept = take_text(accept_text), fallback = take_text(fallback_text);
   if (tokens_in.dim() != 2) fail(op, "tokens", "shape [B, W]", shape_string(tokens_in));
   const int64_t B = tokens_in.size(0), W = tokens_in.size(1);
   check_tensor(op, "tokens", tokens_in, ScalarType::Long, {B, W});
@@ -111,9 +113,9 @@ std::tuple<Tensor, Tensor, Tensor> select_positions(
   check_at_least(op, "block_size", block_size, 1);
   check_share(op, "tau_act", tau_act);
   if (std::isnan(tau_conf)) fail(op, "tau_conf", "a number", "NaN");
-  const SelectConfig config{static_cast<float>(tau_conf), least_count(tau_act, block_size),
-                            block_size,                   mask_id,
-                            parse_accept(op, accept),     parse_fallback(op, fallback)};
+  const SelectConfig config{
+      static_cast<float>(tau_conf), least_count(tau_act, block_size), block_size, mask_id,
+      parse_accept(op, accept),     parse_fallback(op, fallback)};
 
   const Tensor tokens = as_contiguous(tokens_in), token = as_contiguous(token_in),
                prob = as_contiguous(prob_in), score = as_contiguous(score_in),
@@ -136,8 +138,8 @@ std::tuple<Tensor, Tensor, Tensor> select_positions(
       const ColumnStats stats{data<int64_t>(token) + b * W, data<float>(prob) + b * W,
                               data<float>(score) + b * W};
       selection.run(data<int64_t>(tokens) + b * W, data<int32_t>(length)[b],
-                    data<int32_t>(cache_len)[b], data<int32_t>(prompt_len)[b], stats,
-                    num_lookahead, config);
+                    data<int32_t>(cache_len)[b], data<int32_t>(prompt_len)[b], stats, num_lookahead,
+                    config);
       bool* row = mutable_data<bool>(fill) + b * W;
       std::fill(row, row + W, false);
       for (int32_t c : selection.filled) row[c] = true;

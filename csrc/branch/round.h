@@ -72,8 +72,8 @@ inline float blend(double creation, double reduced, double alpha) {
 // Steps 5 and 6 for one branch: which open columns are filled, and the ranking of the others.
 class Selection {
  public:
-  std::vector<int32_t> filled;    // columns to fill, ascending
-  std::vector<int32_t> lookahead; // columns to spawn, best first
+  std::vector<int32_t> filled;     // columns to fill, ascending
+  std::vector<int32_t> lookahead;  // columns to spawn, best first
 
   // `stats` holds the statistics of each column itself (a shift is the caller's).
   void run(const int64_t* tokens, int64_t length, int64_t cache_len, int64_t prompt_len,

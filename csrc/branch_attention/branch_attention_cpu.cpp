@@ -287,9 +287,10 @@ Tensor empty_out(const BranchAttentionParams& p, const Tensor& q) {
 }
 
 Tensor branch_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_window, Tensor v_window,
-                        Tensor cache_len, Tensor length, OptTensor prompt_len, std::string mask,
+                        Tensor cache_len, Tensor length, OptTensor prompt_len, TextHandle mask_text,
                         std::optional<int64_t> block_size, std::optional<double> scale) {
   const char* op = "branch_attention";
+  const std::string mask = take_text(mask_text);
   Inputs inputs = hold(cache_len, length, prompt_len);
   BranchAttentionParams p =
       make_params(op, q, k_cache, v_cache, k_window, v_window, inputs, mask, block_size, scale);
@@ -302,9 +303,11 @@ Tensor branch_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_windo
 std::tuple<Tensor, Tensor> branch_attention_lse(Tensor q, Tensor k_cache, Tensor v_cache,
                                                 Tensor k_window, Tensor v_window, Tensor cache_len,
                                                 Tensor length, OptTensor prompt_len,
-                                                std::string mask, std::optional<int64_t> block_size,
+                                                TextHandle mask_text,
+                                                std::optional<int64_t> block_size,
                                                 std::optional<double> scale) {
   const char* op = "branch_attention_lse";
+  const std::string mask = take_text(mask_text);
   Inputs inputs = hold(cache_len, length, prompt_len);
   BranchAttentionParams p =
       make_params(op, q, k_cache, v_cache, k_window, v_window, inputs, mask, block_size, scale);
@@ -318,9 +321,10 @@ std::tuple<Tensor, Tensor> branch_attention_lse(Tensor q, Tensor k_cache, Tensor
 
 void branch_attention_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_window,
                           Tensor v_window, Tensor cache_len, Tensor length, OptTensor prompt_len,
-                          std::string mask, std::optional<int64_t> block_size,
+                          TextHandle mask_text, std::optional<int64_t> block_size,
                           std::optional<double> scale, Tensor out, OptTensor lse) {
   const char* op = "branch_attention_out";
+  const std::string mask = take_text(mask_text);
   Inputs inputs = hold(cache_len, length, prompt_len);
   BranchAttentionParams p =
       make_params(op, q, k_cache, v_cache, k_window, v_window, inputs, mask, block_size, scale);

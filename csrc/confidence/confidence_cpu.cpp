@@ -126,10 +126,11 @@ void run_token_confidence(const LogitsView& view, const ConfidenceConfig& config
 
 std::tuple<Tensor, Tensor, Tensor> token_confidence(const Tensor& logits, const OptTensor& rows,
                                                     const OptTensor& seed, const OptTensor& step,
-                                                    std::string metric, double temperature,
+                                                    TextHandle metric_text, double temperature,
                                                     std::optional<int64_t> top_k,
                                                     std::optional<double> top_p) {
   const char* op = "token_confidence";
+  const std::string metric = take_text(metric_text);
   LogitsView view = make_logits_view(op, logits);
   ConfidenceConfig config =
       make_confidence_config(op, metric, temperature, top_k, top_p, seed, step);
@@ -153,10 +154,11 @@ void check_output(const char* op, const char* argument, const Tensor& tensor, Sc
 }
 
 void token_confidence_out(const Tensor& logits, const OptTensor& rows, const OptTensor& seed,
-                          const OptTensor& step, std::string metric, double temperature,
+                          const OptTensor& step, TextHandle metric_text, double temperature,
                           std::optional<int64_t> top_k, std::optional<double> top_p,
                           const Tensor& token, const Tensor& prob, const Tensor& score) {
   const char* op = "token_confidence_out";
+  const std::string metric = take_text(metric_text);
   LogitsView view = make_logits_view(op, logits);
   ConfidenceConfig config =
       make_confidence_config(op, metric, temperature, top_k, top_p, seed, step);

@@ -141,8 +141,7 @@ class SequenceRound {
   }
 
   // The winner's statistics by column: rows as they are, or moved one column on.
-  ColumnStats column_stats(const SequenceView& s, const ColumnStats& stats, int64_t k,
-                           bool shift) {
+  ColumnStats column_stats(const SequenceView& s, const ColumnStats& stats, int64_t k, bool shift) {
     const int64_t row = k * s.W;
     if (!shift) return {stats.token + row, stats.prob + row, stats.score + row};
     token_.resize(s.W);
@@ -229,8 +228,8 @@ class SequenceRound {
         out.creation[k] = rankable(own.score[column]);
       }
       int64_t length = next.length;
-      const bool wants = !(status_ & kWindowFull) &&
-                         wants_block(next, branch_eos, filled_more, config);
+      const bool wants =
+          !(status_ & kWindowFull) && wants_block(next, branch_eos, filled_more, config);
       const bool opens = wants && length + config.select.block_size <= config.window;
       if (opens) length += config.select.block_size;
       if (k == 0) {

@@ -2,7 +2,8 @@
 
 A round is one forward pass of all branches (Pre-Write and branch attention in every layer), one
 `lopa_step`, and one commit of the winner's keys and values. There is no Python per token or per
-branch, shapes never change, and the host reads one small status a round.
+branch, buffers are allocated once, and the host reads one small status a round: whether to stop,
+and how many blocks of the window are in use.
 """
 
 from __future__ import annotations
@@ -67,6 +68,14 @@ class Cache:
 
         return cls(
             buffer(capacity), buffer(capacity), buffer(branches, window), buffer(branches, window)
+        )
+
+    def columns(self, count: int) -> Self:
+        """The same cache with windows of their first `count` columns."""
+        return replace(
+            self,
+            k_window=self.k_window[:, :, :, :count],
+            v_window=self.v_window[:, :, :, :count],
         )
 
 
@@ -213,20 +222,27 @@ class Decoder:
         # One more column takes what is not committed, so that the scatter needs no host decision.
         text = torch.full((batch, capacity + 1), config.mask_id, device=device)
         forwards = torch.zeros(batch, dtype=torch.int64, device=device)
-        run = self.prefill
+        window_cache, run = cache, self.prefill
         while True:
-            out = run(state, cache, cos_sin)
-            run = self.round
+            out = run(state, window_cache, cos_sin)
             write_text(text, state.cache_len, out.committed)
             forwards += ~state.done
             if on_round is not None:
                 on_round(state, out)
             state = out.state
-            finished, status = torch.stack([state.done.all().int(), out.status.max()]).tolist()
+            finished, status, longest = torch.stack(
+                [state.done.all().int(), out.status.max(), state.length.max()]
+            ).tolist()
             if status:
                 raise RuntimeError(f"round ended with {lk.Status(status)!r}")
             if finished:
                 break
+            if self._compiled is None:
+                # Columns that no branch has reached cost time: drop them, by whole blocks.
+                columns = max(c.block_size, -(-longest // c.block_size) * c.block_size)
+                state = state._replace(tokens=state.tokens[:, :, :columns])
+                window_cache = cache.columns(columns)
+            run = self.round
         # What was complete but not committed when the last sequence ended.
         columns = torch.arange(state.tokens.shape[2], device=device)
         anchor = torch.where(columns < state.length[:, :1], state.tokens[:, 0], -1)

@@ -39,8 +39,7 @@ inline void check_cpu(const char* op, const char* argument, const Tensor& tensor
 inline void check_dtype(const char* op, const char* argument, const Tensor& tensor,
                         ScalarType dtype) {
   if (tensor.scalar_type() != dtype) {
-    fail(op, argument, std::string("dtype ") + dtype_name(dtype),
-         dtype_name(tensor.scalar_type()));
+    fail(op, argument, std::string("dtype ") + dtype_name(dtype), dtype_name(tensor.scalar_type()));
   }
 }
 

@@ -6,17 +6,22 @@ import torch
 
 
 @torch.library.register_fake("lopa::branch_confidence")
-def branch_confidence(
-    score, open, creation, branches=None, length=None, reduction="mean", fraction=1.0, group=None,
-    alpha=0.0,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+def branch_confidence(score: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
     return score.new_empty(score.shape[:2])
 
 
 @torch.library.register_fake("lopa::select_positions")
 def select_positions(
-    token, prob, score, tokens, length, cache_len, prompt_len, lookahead, *config
-):  # type: ignore[no-untyped-def]  # fmt: skip
+    token: torch.Tensor,
+    prob: torch.Tensor,
+    score: torch.Tensor,
+    tokens: torch.Tensor,
+    length: torch.Tensor,
+    cache_len: torch.Tensor,
+    prompt_len: torch.Tensor,
+    lookahead: int,
+    *config: object,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch = tokens.shape[0]
     return (
         tokens.new_empty(tokens.shape, dtype=torch.bool),
@@ -26,7 +31,14 @@ def select_positions(
 
 
 @torch.library.register_fake("lopa::spawn_branches")
-def spawn_branches(tokens, eos, token, score, columns, eos_id):  # type: ignore[no-untyped-def]
+def spawn_branches(
+    tokens: torch.Tensor,
+    eos: torch.Tensor,
+    token: torch.Tensor,
+    score: torch.Tensor,
+    columns: torch.Tensor,
+    eos_id: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, window = tokens.shape
     slots = columns.shape[1] + 1
     return (

@@ -44,11 +44,11 @@ _dispatch.native(
 class NeededRows(NamedTuple):
     """Which columns of a state need logits."""
 
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]
     """int64 [capacity]: flat columns (of B * K * W) to gather, in order; 0 beyond `count`."""
     rows: torch.Tensor
     """int32 [B, K, W]: column to row of the gathered logits, -1 where none is needed."""
-    count: torch.Tensor
+    count: torch.Tensor  # type: ignore[assignment]
     """int32 [1]: rows needed; above the capacity, the last ones have no row."""
 
 
