@@ -26,7 +26,7 @@ from examples.tiny_dllm.problems import problems
 from examples.tiny_dllm.tokenizer import CharTokenizer
 
 #: thresholds chosen on training problems, see README.md beside this file
-TAU_CONF = {1: 0.9, 2: 0.9, 4: 0.9, 8: 0.9}
+TAU_CONF = {1: 0.95, 2: 0.99, 4: 0.98, 8: 0.98, 14: 0.98}
 
 # Ten colours that read on dark and light terminals, cycled over the rounds.
 COLOURS = ("red", "dark_orange", "yellow3", "green", "spring_green3", "cyan", "dodger_blue1",
@@ -45,8 +45,11 @@ def compare(
         TimeElapsedColumn(),
         console=console,
     ) as progress:
-        tasks = [progress.add_task(method.name, total=len(chosen)) for method in methods]
+        tasks = [
+            progress.add_task(method.name, start=False, total=len(chosen)) for method in methods
+        ]
         for task, method in zip(tasks, methods, strict=True):
+            progress.start_task(task)
             decoder = Decoder(model, method.config, mask=args.mask, compile=args.compile)
             outcomes[method.name] = run(
                 decoder, chosen, args.batch, lambda n, task=task: progress.advance(task, n)
@@ -139,7 +142,7 @@ def solve(model: TinyDLLM, prompt: str, branches: int, mask: str, console: Conso
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.tiny_dllm.demo", description=__doc__)
-    parser.add_argument("--problems", type=int, default=24, help="held-out problems to decode")
+    parser.add_argument("--problems", type=int, default=16, help="held-out problems to decode")
     parser.add_argument("--batch", type=int, default=8, help="problems decoded together")
     parser.add_argument("--branches", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K")
     parser.add_argument("--seed", type=int, default=0, help="which problems")
