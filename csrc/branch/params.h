@@ -3,21 +3,13 @@
 
 #include <cstdint>
 
+#include "lopa/status.h"
+
 namespace lopa {
 
 enum class Accept : int32_t { kProb, kScore };
 enum class Fallback : int32_t { kBlock, kWindow };
 enum class Reduction : int32_t { kMean, kBottom, kGroup, kMin };
-
-// Bits of the status word of a sequence; lopa_kernels/status.py documents them.
-enum Status : int32_t {
-  kNonfinite = 1,
-  kWindowFull = 2,
-  kBadState = 4,
-  kMissingRow = 8,
-  kCacheFull = 16,
-  kStalled = 32,
-};
 
 struct ReductionConfig {
   Reduction reduction;

@@ -32,25 +32,11 @@ AttentionTaskFunction task_function() {
   return branch_attention_task_portable;
 }
 
-FloatType float_type(ScalarType dtype) {
-  if (dtype == ScalarType::BFloat16) return FloatType::kBFloat16;
-  return dtype == ScalarType::Half ? FloatType::kHalf : FloatType::kFloat;
-}
-
 template <size_t N>
 void copy_strides(const char* op, const char* argument, const Tensor& tensor,
                   int64_t (&strides)[N]) {
-  if (tensor.size(N) > 1 && tensor.stride(N) != 1) {
-    fail(op, argument, "unit stride in the last dimension",
-         "strides " + shape_string(tensor.strides().data(), tensor.strides().size()));
-  }
+  check_unit_stride(op, argument, tensor);
   for (size_t d = 0; d < N; ++d) strides[d] = tensor.stride(d);
-}
-
-void check_rank(const char* op, const char* argument, const Tensor& tensor, int64_t rank) {
-  if (tensor.dim() != rank) {
-    fail(op, argument, std::to_string(rank) + " dimensions", "shape " + shape_string(tensor));
-  }
 }
 
 // Tensors whose data the parameters point to.

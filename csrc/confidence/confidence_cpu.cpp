@@ -223,10 +223,7 @@ LogitsView make_logits_view(const char* op, const Tensor& logits) {
   }
   LogitsView view{};
   view.data = logits.data_ptr();
-  ScalarType dtype = logits.scalar_type();
-  view.dtype = dtype == ScalarType::BFloat16 ? LogitsDtype::kBFloat16
-               : dtype == ScalarType::Half   ? LogitsDtype::kHalf
-                                             : LogitsDtype::kFloat;
+  view.dtype = float_type(logits.scalar_type());
   view.vocab = sizes[leading];
   view.rows = 1;
   for (size_t d = 0; d < leading; ++d) {

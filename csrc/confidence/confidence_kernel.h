@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "lopa/float_types.h"
+
 namespace lopa {
 namespace confidence {
 
@@ -94,7 +96,7 @@ struct Kernels {
   void (*draw)(const void* x, int64_t n, int64_t base, const DrawArgs& args, Draw* best);
 };
 
-// Indexed by LogitsDtype.
+// Indexed by FloatType.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();

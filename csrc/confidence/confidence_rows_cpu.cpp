@@ -24,7 +24,7 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kGroupTiles = 4;
 
-const Kernels& kernels_for(LogitsDtype dtype) {
+const Kernels& kernels_for(FloatType dtype) {
   static const Kernels* const table = [] {
 #if defined(LOPA_X86_KERNELS)
     if (isa() == Isa::kAvx512) return confidence::avx512_kernels();

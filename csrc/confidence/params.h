@@ -5,25 +5,25 @@
 #include <cstdint>
 #include <limits>
 
+#include "lopa/float_types.h"
+
 namespace lopa {
 
 enum class Metric : int32_t { kProb = 0, kMargin = 1, kNegEntropy = 2 };
-
-enum class LogitsDtype : int32_t { kBFloat16 = 0, kHalf = 1, kFloat = 2 };
 
 constexpr int kMaxLeadingDims = 8;
 
 // logits[..., V] seen as [rows, vocab]: unit stride on the vocabulary, any strides before it.
 struct LogitsView {
   const void* data;
-  LogitsDtype dtype;
+  FloatType dtype;
   int64_t vocab;
   int64_t rows;
   int32_t ndim;  // leading dimensions, those of size 1 left out and neighbours merged
   int64_t sizes[kMaxLeadingDims];
   int64_t strides[kMaxLeadingDims];  // in elements
 
-  int64_t element_bytes() const { return dtype == LogitsDtype::kFloat ? 4 : 2; }
+  int64_t element_bytes() const { return element_size(dtype); }
 
   const void* row(int64_t r) const {
     int64_t offset = 0;

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "lopa/float_types.h"
+
 namespace lopa {
 namespace confidence {
 namespace {
@@ -133,13 +135,6 @@ inline void transpose_lanes(U16 v[4]) {
   transpose_lanes(&v[0].lo, &v[1].lo, &v[2].lo, &v[3].lo);
   transpose_lanes(&v[0].hi, &v[1].hi, &v[2].hi, &v[3].hi);
 }
-
-struct BFloat16 {
-  uint16_t value;
-};
-struct Half {
-  uint16_t value;
-};
 
 inline void load_pair(const float* p, F16* a, F16* b) {
   *a = load(p);

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "lopa/float_types.h"
+
 namespace lopa {
 namespace confidence {
 namespace {
@@ -75,13 +77,6 @@ inline void transpose_lanes(U16 v[4]) {
   v[2] = _mm512_unpacklo_epi64(c, d);
   v[3] = _mm512_unpackhi_epi64(c, d);
 }
-
-struct BFloat16 {
-  uint16_t value;
-};
-struct Half {
-  uint16_t value;
-};
 
 inline void load_pair(const float* p, F16* a, F16* b) {
   *a = _mm512_loadu_ps(p);

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lopa/float_types.h"
+
 namespace lopa {
 namespace confidence {
 namespace {
@@ -165,13 +167,6 @@ inline void transpose_lanes(U16 v[4]) {
     }
   }
 }
-
-struct BFloat16 {
-  uint16_t value;
-};
-struct Half {
-  uint16_t value;
-};
 
 inline F16 load_in_order(const float* p) { return load(p); }
 

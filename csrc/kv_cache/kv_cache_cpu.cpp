@@ -11,14 +11,11 @@
 #include "kv_cache/params.h"
 #include "lopa/checks.h"
 #include "lopa/isa.h"
+#include "lopa/status.h"
 #include "lopa/tensor.h"
 
 namespace lopa {
 namespace {
-
-// Bits of the status word, as in lopa_kernels/status.py.
-constexpr int32_t kStatusBadState = 4;
-constexpr int32_t kStatusCacheFull = 16;
 
 // A thread with less to move than this costs more to wake than it brings.
 constexpr int64_t kBytesPerThread = 262144;
@@ -29,25 +26,6 @@ RotateFunction rotate_function() {
   if (isa() == Isa::kAvx2) return rotate_heads_avx2;
 #endif
   return rotate_heads_portable;
-}
-
-FloatType float_type(ScalarType dtype) {
-  if (dtype == ScalarType::BFloat16) return FloatType::kBFloat16;
-  return dtype == ScalarType::Half ? FloatType::kHalf : FloatType::kFloat;
-}
-
-void check_rank(const char* op, const char* argument, const Tensor& tensor, int64_t rank) {
-  if (tensor.dim() != rank) {
-    fail(op, argument, std::to_string(rank) + " dimensions", "shape " + shape_string(tensor));
-  }
-}
-
-void check_unit_stride(const char* op, const char* argument, const Tensor& tensor) {
-  int64_t last = tensor.dim() - 1;
-  if (tensor.size(last) > 1 && tensor.stride(last) != 1) {
-    fail(op, argument, "unit stride in the last dimension",
-         "strides " + shape_string(tensor.strides().data(), tensor.strides().size()));
-  }
 }
 
 template <typename View, size_t N>
@@ -135,14 +113,14 @@ std::string text(std::initializer_list<std::string> parts) {
 
 std::optional<Fault> commit_fault(int64_t cache_len, int64_t commit_len, const KvSizes& s) {
   if (cache_len < 0) {
-    return Fault{kStatusBadState, text({"cache_len ", std::to_string(cache_len), " is negative"})};
+    return Fault{kBadState, text({"cache_len ", std::to_string(cache_len), " is negative"})};
   }
   if (commit_len < 0 || commit_len > s.window) {
-    return Fault{kStatusBadState, text({"commit_len ", std::to_string(commit_len),
-                                        " is outside the window of ", std::to_string(s.window)})};
+    return Fault{kBadState, text({"commit_len ", std::to_string(commit_len),
+                                  " is outside the window of ", std::to_string(s.window)})};
   }
   if (cache_len + commit_len > s.capacity) {
-    return Fault{kStatusCacheFull,
+    return Fault{kCacheFull,
                  text({"cache_len ", std::to_string(cache_len), " + commit_len ",
                        std::to_string(commit_len), " = ", std::to_string(cache_len + commit_len),
                        " exceeds the capacity ", std::to_string(s.capacity)})};
@@ -155,13 +133,13 @@ std::optional<Fault> prewrite_fault(const KvPrewriteParams& p, int64_t b) {
   int64_t cache_len = p.cache_len[b];
   std::optional<Fault> fault;
   if (p.commit_len != nullptr) fault = commit_fault(cache_len, p.commit_len[b], p.sizes);
-  if (fault.has_value() && fault->bit != kStatusCacheFull) return fault;
+  if (fault.has_value() && fault->bit != kCacheFull) return fault;
   if (cache_len < 0) {
-    return Fault{kStatusBadState, text({"cache_len ", std::to_string(cache_len), " is negative"})};
+    return Fault{kBadState, text({"cache_len ", std::to_string(cache_len), " is negative"})};
   }
   int64_t end = cache_len + p.sizes.window;
   if (p.cos_sin != nullptr && end > p.max_position) {
-    return Fault{kStatusBadState,
+    return Fault{kBadState,
                  text({"position ", std::to_string(end - 1), " (cache_len ",
                        std::to_string(cache_len), " + column ", std::to_string(p.sizes.window - 1),
                        ") exceeds the capacity of cos_sin, ", std::to_string(p.max_position),
@@ -201,7 +179,7 @@ class Prewrite {
  private:
   void column(int64_t b, int64_t k, int64_t c, int32_t fault) const {
     const KvSizes& s = p_.sizes;
-    if (fault == kStatusBadState) {
+    if (fault == kBadState) {
       clear_queries(b, k, c);
       return;
     }
@@ -453,9 +431,8 @@ void kv_commit_(Tensor k_cache, Tensor v_cache, Tensor k_window, Tensor v_window
     std::optional<Fault> fault = commit_fault(p.cache_len[b], p.commit_len[b], s);
     if (fault.has_value() || p.commit_len[b] == 0) return fault;
     if (p.winner[b] < 0 || p.winner[b] >= s.branches) {
-      return Fault{kStatusBadState,
-                   text({"winner ", std::to_string(p.winner[b]), " is not one of the ",
-                         std::to_string(s.branches), " branch slots"})};
+      return Fault{kBadState, text({"winner ", std::to_string(p.winner[b]), " is not one of the ",
+                                    std::to_string(s.branches), " branch slots"})};
     }
     return std::nullopt;
   });

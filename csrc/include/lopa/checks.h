@@ -50,6 +50,20 @@ inline void check_floating(const char* op, const char* argument, const Tensor& t
   }
 }
 
+inline void check_rank(const char* op, const char* argument, const Tensor& tensor, int64_t rank) {
+  if (tensor.dim() != rank) {
+    fail(op, argument, std::to_string(rank) + " dimensions", "shape " + shape_string(tensor));
+  }
+}
+
+inline void check_unit_stride(const char* op, const char* argument, const Tensor& tensor) {
+  int64_t last = tensor.dim() - 1;
+  if (tensor.size(last) > 1 && tensor.stride(last) != 1) {
+    fail(op, argument, "unit stride in the last dimension",
+         "strides " + shape_string(tensor.strides().data(), tensor.strides().size()));
+  }
+}
+
 inline void check_shape(const char* op, const char* argument, const Tensor& tensor,
                         std::initializer_list<int64_t> shape) {
   auto sizes = tensor.sizes();

@@ -14,6 +14,8 @@
 #include <string>
 #include <utility>
 
+#include "lopa/float_types.h"
+
 namespace lopa {
 
 using torch::headeronly::ScalarType;
@@ -149,6 +151,11 @@ inline OwnedTensor as_contiguous(OwnedTensor tensor) {
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_new_tensor_handle(torch::stable::contiguous(tensor.shared()).get(), &handle));
   return TensorHandle{handle};
+}
+
+inline FloatType float_type(ScalarType dtype) {
+  if (dtype == ScalarType::BFloat16) return FloatType::kBFloat16;
+  return dtype == ScalarType::Half ? FloatType::kHalf : FloatType::kFloat;
 }
 
 inline const char* dtype_name(ScalarType dtype) { return torch::headeronly::toString(dtype); }
