@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,9 +51,9 @@ def vanilla(model: TinyConfig) -> Method:
     return Method("vanilla", replace(config, tau_conf=1.0, tau_add=1.0, tau_act=1.0))
 
 
-def lopa(model: TinyConfig, branches: int, tau_conf: float, **changes: object) -> Method:
+def lopa(model: TinyConfig, branches: int, tau_conf: float, **changes: Any) -> Method:
     """K = 1 is confidence-driven decoding, above it LoPA."""
-    config = replace(base_config(model), branches=branches, tau_conf=tau_conf, **changes)  # type: ignore[arg-type]
+    config = replace(base_config(model), branches=branches, tau_conf=tau_conf, **changes)
     return Method("confidence" if branches == 1 else f"LoPA K={branches}", config)
 
 
@@ -127,5 +128,5 @@ def run(
         parts.append(judge(decoded.tokens, decoded.forwards, some))
         if advance is not None:
             advance(len(some))
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return Outcome(*columns, seconds=dict(decoder.timer.seconds))  # type: ignore[arg-type]
+    correct, forwards, filled, written = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Outcome(correct, forwards, filled, written, dict(decoder.timer.seconds))

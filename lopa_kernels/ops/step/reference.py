@@ -366,8 +366,10 @@ def lopa_step(
     wanted = torch.full_like(rows, -1)
     for b in range(batch):
         sequence = None if state.done[b] else read_sequence(state, b, settings.mask_id)
-        for k in range(len(sequence.tokens) if sequence else 0):
-            for c in needed_columns(sequence, k, settings.mask_id, settings.shift):  # type: ignore[arg-type]
+        if sequence is None:
+            continue
+        for k in range(len(sequence.tokens)):
+            for c in needed_columns(sequence, k, settings.mask_id, settings.shift):
                 if 0 <= rows[b, k, c] < len(table):
                     wanted[b, k, c] = rows[b, k, c]
                 else:
@@ -440,8 +442,10 @@ def needed_rows(
     count = 0
     for b in range(batch):
         sequence = None if done[b] else read_sequence(state, b, mask_id)
-        for k in range(len(sequence.tokens) if sequence else 0):
-            for c in needed_columns(sequence, k, mask_id, shift):  # type: ignore[arg-type]
+        if sequence is None:
+            continue
+        for k in range(len(sequence.tokens)):
+            for c in needed_columns(sequence, k, mask_id, shift):
                 if count < capacity:
                     index[count] = (b * slots + k) * window + c
                     rows[b, k, c] = count
