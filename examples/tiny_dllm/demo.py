@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -59,6 +60,7 @@ def compare(
 
 def table(outcomes: dict[str, Outcome]) -> Table:
     out = Table(
+        box=box.SIMPLE,
         title="Held-out problems",
         caption="TPF: positions filled a forward pass. Last three: seconds inside the model, "
         "inside lopa_step with the commit, and elsewhere.",
@@ -76,7 +78,7 @@ def table(outcomes: dict[str, Outcome]) -> Table:
             f"{s['tokens_per_second']:.0f}",
             f"{s['seconds_model']:.2f}",
             f"{s['seconds_step']:.3f}",
-            f"{s['seconds_elsewhere']:.3f}",
+            f"{s['seconds_elsewhere']:.2f}",
         )
     return out
 
@@ -113,13 +115,14 @@ def solve(model: TinyDLLM, prompt: str, branches: int, mask: str, console: Conso
         })  # fmt: skip
         who = "anchor" if winner == 0 else f"branch {winner}"
         line = Text(f"{number:3d} {who:>9} of {int(state.branches):2d} +{int(changed.sum()):2d} ")
-        for token, when in zip(text.tolist(), filled_in.tolist(), strict=True):
+        opened = first + len(new)
+        for token, when in zip(text[:opened].tolist(), filled_in[:opened].tolist(), strict=True):
             if token == model.config.mask_id:
                 line.append("·", style="dim")
             else:
                 style = COLOURS[when % len(COLOURS)] + (" bold reverse" if when == number else "")
                 line.append(tokenizer.piece(token), style=style)
-        console.print(line, soft_wrap=False)
+        console.print(line, soft_wrap=True)
 
     console.print(Text(prompt, style="bold"))
     decoded = Decoder(model, method.config, mask=mask).decode([ids], show)
@@ -133,7 +136,7 @@ def solve(model: TinyDLLM, prompt: str, branches: int, mask: str, console: Conso
     for entry in rounds:
         number = entry["round"]
         legend.append(f" {number} ", style=f"reverse {COLOURS[number % len(COLOURS)]}")
-    console.print(final)
+    console.print(final, soft_wrap=True)
     console.print(legend)
     tokens = sum(entry["filled"] for entry in rounds)
     console.print(f"{tokens} positions in {len(rounds)} forward passes: {tokens / len(rounds):.1f}")
