@@ -6,6 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# Building a batch of ragged states takes a while on a loaded machine, which says nothing of it.
+settings.register_profile("lopa", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lopa")
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,7 @@ class TestBranchConfidence:
         assert got.tolist() == [[0.375, 1.0, -INF]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_branch_confidence_equals_reference(seed: int) -> None:
     rng = random.Random(seed)
@@ -116,7 +116,7 @@ def test_branch_confidence_equals_reference(seed: int) -> None:
     assert torch.equal(branch_confidence(strided, opened, creation, **options), expected)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_parts_make_the_round(seed: int) -> None:
     """select_positions and spawn_branches give the fills and branches of branch_step."""

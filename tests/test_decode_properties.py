@@ -104,7 +104,7 @@ def check_round(config: LopaConfig) -> Callable[[LopaState, LopaStep], None]:
     return check
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_invariants_of_a_decode(seed: int) -> None:
     rng = random.Random(seed)
@@ -126,7 +126,7 @@ def test_invariants_of_a_decode(seed: int) -> None:
         assert config.eos_id in generated
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_force_anchor_equals_one_branch_round_for_round(seed: int) -> None:
     rng = random.Random(seed)
@@ -135,7 +135,8 @@ def test_force_anchor_equals_one_branch_round_for_round(seed: int) -> None:
     prompt = torch.tensor([[rng.randint(0, 8) for _ in range(5)]])
     model = hashed_model(rng.getrandbits(30), 3.0)
     states = [initial_state(prompt, config) for config in (forced, single)]
-    for _ in range(forced.max_new_tokens):
+    # A narrow window adds a round that only commits, once a block at most.
+    for _ in range(forced.max_new_tokens + forced.max_new_tokens // forced.block_size):
         outs = [
             lopa_step(model(state), state, config)
             for state, config in zip(states, (forced, single), strict=True)

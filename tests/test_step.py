@@ -237,7 +237,7 @@ class TestRules:
             assert torch.equal(getattr(out.state, name), tensor), name
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(drawn=rounds())
 def test_cpu_equals_reference(drawn: Drawn) -> None:
     expected = branch_step(*drawn, backend="reference")
@@ -248,7 +248,7 @@ def test_cpu_equals_reference(drawn: Drawn) -> None:
         assert torch.equal(a, b)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(drawn=rounds(max_branches=4, max_window=40))
 def test_out_and_in_place_equal_functional(drawn: Drawn) -> None:
     *statistics, state, config = drawn
@@ -267,7 +267,7 @@ def test_out_and_in_place_equal_functional(drawn: Drawn) -> None:
             assert_same(buffers, expected)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_garbage_states_stay_in_bounds(seed: int) -> None:
     rng = random.Random(seed)
@@ -308,7 +308,7 @@ def logits_for(drawn: Drawn, seed: int, dtype: torch.dtype) -> torch.Tensor:
     return logits.to(dtype)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     drawn=rounds(max_branches=5, max_window=60),
     seed=st.integers(0, 1000),
@@ -340,7 +340,7 @@ def test_step_from_logits(drawn: Drawn, seed: int, metric: str, dtype: torch.dty
     assert_same(lopa_step(wide[..., :VOCAB], state, config), step)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(drawn=rounds(max_branches=4, max_window=30), seed=st.integers(0, 1000))
 def test_step_equals_reference_where_decisions_are_clear(drawn: Drawn, seed: int) -> None:
     """Against the float64 statistics of the reference; decisions at fp32 distance may differ."""
