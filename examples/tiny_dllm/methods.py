@@ -15,7 +15,8 @@ from examples.tiny_dllm.model import TinyConfig
 from examples.tiny_dllm.problems import Problem, extract_answer
 from examples.tiny_dllm.tokenizer import CharTokenizer
 
-#: the published settings (LoPA, arXiv 2512.16229, section 4.1; D2F, arXiv 2508.09192)
+#: the threshold of the published loop's recorded rounds, as are tau_add and tau_act below
+#: (tests/data/conformance)
 PAPER_TAU = 0.9
 
 
