@@ -26,6 +26,23 @@ def torch_dir() -> Path:
     return Path(spec.origin).parent
 
 
+def nvcc() -> str:
+    """The CUDA compiler, or "" for a build without the CUDA library.
+
+    $LOPA_CUDA is 0 (never), 1 (an error where there is no compiler) or unset (where there is one).
+    """
+    wanted = os.environ.get("LOPA_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"LOPA_CUDA: expected auto, 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return ""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin") or ""
+    if wanted == "1" and not found:
+        sys.exit("LOPA_CUDA=1, and no nvcc on PATH or in CUDA_HOME")
+    return found
+
+
 class CMakeBuild(build_ext):
     """One CMake build for all libraries; they are plain shared objects, not Python modules."""
 
@@ -40,7 +57,10 @@ class CMakeBuild(build_ext):
             str(build),
             f"-DLOPA_TORCH_DIR={torch_dir()}",
             f"-DLOPA_OUTPUT_DIR={build / 'lib'}",
+            f"-DLOPA_NVCC={nvcc()}",
         ]
+        if "LOPA_CUDA_ARCHS" in os.environ:
+            configure.append(f"-DLOPA_CUDA_ARCHS={os.environ['LOPA_CUDA_ARCHS']}")
         cache = build / "CMakeCache.txt"
         ninja = shutil.which("ninja")
         if ninja and (not cache.exists() or "CMAKE_GENERATOR:INTERNAL=Ninja" in cache.read_text()):
@@ -58,7 +78,8 @@ class CMakeBuild(build_ext):
             temporary.replace(target / library.name)
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / "lopa_kernels" / "liblopa_cpu.so")]
+        package = Path(self.build_lib) / "lopa_kernels"
+        return [str(library) for library in package.glob("liblopa_*.so")]
 
 
 class PlatformWheel(bdist_wheel):

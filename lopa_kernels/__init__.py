@@ -5,7 +5,7 @@ Every operator is also ``torch.ops.lopa.<name>``, for compilers. docs/operators.
 
 from typing import TYPE_CHECKING
 
-from lopa_kernels import _load
+from lopa_kernels import _dispatch, _load
 
 # Without the library the package still imports, so that `python -m lopa_kernels` can say why.
 if TYPE_CHECKING or "lopa_cpu" not in _load.missing:
@@ -37,6 +37,8 @@ if TYPE_CHECKING or "lopa_cpu" not in _load.missing:
     )
     from lopa_kernels.state import LopaState, LopaStep, empty_step, initial_state
     from lopa_kernels.status import Status
+
+    _dispatch.load_triton()
 else:
 
     def __getattr__(name: str) -> object:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +14,16 @@ import torch
 from lopa_kernels import _load
 
 #: every backend there is; "auto" is the choice by device
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 
-_AUTO_BY_DEVICE = {"cpu": ("cpu",)}
+#: the backends of a device, best first; "cuda" is also what PyTorch calls AMD's devices
+_AUTO_BY_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
+
+#: library -> the native backend in it
+_LIBRARIES = {"cpu": "lopa_cpu", "cuda": "lopa_cuda"}
+
+#: the rooms with a triton.py
+_TRITON_ROOMS = ("confidence", "branch", "step", "kv_cache")
 
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {name: {} for name in BACKENDS}
 
@@ -28,6 +37,19 @@ def _checked(name: str, source: str) -> str:
 
 
 _default: str = _checked(os.environ.get("LOPA_BACKEND", "auto"), "LOPA_BACKEND")
+
+
+def interpreted() -> bool:
+    """Triton's interpreter runs kernels on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True")
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not (torch.version.cuda or torch.version.hip or torch.xpu.is_available() or interpreted()):
+        return f"torch {torch.__version__} has no GPU, and TRITON_INTERPRET is not set"
+    return None
 
 
 def implements(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -46,17 +68,81 @@ def implements(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable
 def native(*ops: str) -> None:
     """Registers ``torch.ops.lopa.<op>`` as the implementation of the native backends."""
     for op in ops:
-        _implementations["cpu"][op] = getattr(torch.ops.lopa, op).default
+        call = getattr(torch.ops.lopa, op).default
+        for backend, library in _LIBRARIES.items():
+            key = backend.upper()
+            if library not in _load.missing and torch._C._dispatch_has_kernel_for_dispatch_key(
+                f"lopa::{op}", key
+            ):
+                _implementations[backend][op] = call
+
+
+# Triton's operators are torch.ops.lopa_triton.*, of the same schemas, so that compilers see one
+# node with declared mutation. Where a device has no native kernel they stand in for torch.ops.lopa.*
+# as well.
+_triton_library = torch.library.Library("lopa_triton", "DEF")
+_fallback_library = torch.library.Library("lopa", "IMPL")
+_triton_loaded = False
+
+
+def implements_triton(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: a function that launches Triton kernels as ``torch.ops.lopa_triton.<op>``.
+
+    It takes the arguments of the schema of ``torch.ops.lopa.<op>``, those after ``*`` by keyword.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        schema = str(getattr(torch.ops.lopa, op).default._schema).removeprefix("lopa::")
+        _triton_library.define(schema)
+        for key in ("CPU", "CUDA", "XPU") if interpreted() else ("CUDA", "XPU"):
+            _triton_library.impl(op, function, key)
+
+        @torch.library.register_fake(f"lopa_triton::{op}", lib=_triton_library)
+        def fake(*arguments: Any, **options: Any) -> Any:
+            return getattr(torch.ops.lopa, op).default(*arguments, **options)
+
+        for key in ("CUDA", "XPU"):
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"lopa::{op}", key):
+                _fallback_library.impl(op, function, key)
+        _implementations["triton"][op] = getattr(torch.ops.lopa_triton, op).default
+        return function
+
+    return register
+
+
+def load_triton() -> None:
+    """Registers the Triton kernels where they can run; called once, after the schemas' rooms."""
+    global _triton_loaded
+    if _triton_loaded or _why_no_triton() is not None:
+        return
+    _triton_loaded = True
+    for room in _TRITON_ROOMS:
+        importlib.import_module(f"lopa_kernels.ops.{room}.triton")
 
 
 def why_absent(backend: str, op: str | None = None) -> str | None:
     """The reason why `backend` cannot run (`op`), or None if it can."""
-    library = {"cpu": "lopa_cpu"}.get(backend)
+    library = _LIBRARIES.get(backend)
     if library is not None and library in _load.missing:
         return _load.missing[library]
+    if backend == "triton":
+        reason = _why_no_triton()
+        if reason is not None:
+            return reason
     if op is not None and op not in _implementations[backend]:
         return f"backend {backend!r} has no {op}"
     return None
+
+
+def of_device(device_type: str) -> tuple[str, ...]:
+    """The backends that "auto" considers for a device, best first."""
+    return _AUTO_BY_DEVICE.get(device_type, ())
+
+
+def _runs_on(backend: str, device_type: str) -> bool:
+    if backend == "reference" or backend in _AUTO_BY_DEVICE.get(device_type, ()):
+        return True
+    return backend == "triton" and device_type == "cpu" and interpreted()
 
 
 def implementation(op: str, device_type: str, backend: str | None = None) -> Callable[..., Any]:
@@ -69,14 +155,16 @@ def implementation(op: str, device_type: str, backend: str | None = None) -> Cal
     """
     name = _default if backend is None else _checked(backend, "backend")
     if name == "auto":
-        for candidate in _AUTO_BY_DEVICE.get(device_type, ()):
+        candidates = _AUTO_BY_DEVICE.get(device_type, ())
+        for candidate in candidates:
             if op in _implementations[candidate]:
                 return _implementations[candidate][op]
+        reasons = "".join(f"; {c}: {why_absent(c, op)}" for c in candidates)
         raise RuntimeError(
-            f"{op}: no backend for device type {device_type!r}; "
+            f"{op}: no backend for device type {device_type!r}{reasons}; "
             "backend='reference' runs the PyTorch reference there"
         )
-    if name != "reference" and name not in _AUTO_BY_DEVICE.get(device_type, ()):
+    if not _runs_on(name, device_type):
         raise RuntimeError(f"{op}: backend {name!r} does not run on device type {device_type!r}")
     reason = why_absent(name, op)
     if reason is not None:
@@ -90,7 +178,7 @@ def get_backend() -> str:
 
 
 def set_backend(name: str) -> None:
-    """Sets the process-wide default backend: "auto", "cpu" or "reference".
+    """Sets the process-wide default backend: "auto", "cpu", "cuda", "triton" or "reference".
 
     Raises:
         ValueError: no such backend.

@@ -36,4 +36,15 @@ def require(name: str) -> None:
         )
 
 
+def _load_cuda() -> None:
+    if "lopa_cpu" in missing:
+        missing["lopa_cuda"] = "the schemas are in liblopa_cpu.so, which is not loaded"
+    elif torch.version.cuda is None:
+        # The library's symbols of torch's CUDA part would not be found.
+        missing["lopa_cuda"] = f"torch {torch.__version__} is built without CUDA"
+    else:
+        _load("lopa_cuda")
+
+
 _load("lopa_cpu")
+_load_cuda()

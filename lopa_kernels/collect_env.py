@@ -18,8 +18,12 @@ from lopa_kernels import _dispatch, _load
 
 #: environment variable -> what it does; README.md has the same table
 VARIABLES = {
-    "LOPA_BACKEND": "default backend: auto, cpu or reference; read at import",
+    "LOPA_BACKEND": "default backend: auto, cpu, cuda, triton or reference; read at import",
     "LOPA_CPU_ISA": "instruction set of the CPU kernels: portable, avx2 or avx512; read once",
+    "LOPA_CUDA": "the build's CUDA library: 0 never, 1 always; default: where nvcc is found",
+    "LOPA_CUDA_ARCHS": "its architectures, as CMake's; default: 80-real;90a-real;100",
+    "CUDA_HOME": "where the build looks for nvcc that is not on PATH; default: /usr/local/cuda",
+    "TRITON_INTERPRET": "1 runs the Triton kernels on CPU tensors, in Triton's interpreter",
     "MAX_JOBS": "parallel compilations of the build; default: the number of processors",
     "CXX": "C++ compiler of the build; default: c++",
     "OMP_NUM_THREADS": "threads of PyTorch and of these operators; default: PyTorch's choice",
@@ -65,7 +69,7 @@ def cpu_name() -> str:
 
 
 def devices() -> list[tuple[str, str]]:
-    """The processor, and PyTorch's accelerators, which this version has no kernels for."""
+    """The processor, and PyTorch's accelerators with the backend that serves each."""
     rows = [
         ("cpu", f"{cpu_name()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads"),
         ("cpu kernels", cpu_isa()),
@@ -75,20 +79,25 @@ def devices() -> list[tuple[str, str]]:
         module = torch.get_device_module(accelerator)
         for index in range(torch.accelerator.device_count()):
             name = module.get_device_name(index) if hasattr(module, "get_device_name") else ""
-            rows.append((f"{accelerator.type}:{index}", f"{name} (no backend here)"))
+            serves = [b for b in _dispatch.of_device(accelerator.type) if not _absent(b)]
+            rows.append((f"{accelerator.type}:{index}", f"{name} ({', '.join(serves) or 'none'})"))
     return rows
+
+
+def _absent(backend: str) -> str | None:
+    # No operator can be registered, in any backend, without the schemas of the CPU library.
+    return _dispatch.why_absent(backend) or _load.missing.get("lopa_cpu")
 
 
 def backends() -> list[tuple[str, str]]:
     """Each backend: present, or why not."""
     rows = []
     for name in _dispatch.BACKENDS:
-        # No operator can be registered, in any backend, without the schemas of the CPU library.
-        reason = _dispatch.why_absent(name) or _load.missing.get("lopa_cpu")
+        reason = _absent(name)
         rows.append((name, "present" if reason is None else f"absent: {reason}"))
     rows += [
         (name, "absent: not in this version of lopa_kernels")
-        for name in ("cuda", "triton", "ascend")
+        for name in ("ascend",)
         if name not in _dispatch.BACKENDS
     ]
     return rows
@@ -99,10 +108,9 @@ def environment() -> list[tuple[str, str, str]]:
 
 
 def libraries() -> list[tuple[str, str]]:
-    """Path and size of the native library."""
-    path = _load.library_path("lopa_cpu")
-    size = f"{path.stat().st_size} bytes" if path.exists() else "absent"
-    return [(str(path), size)]
+    """Path and size of the native libraries."""
+    paths = [_load.library_path(name) for name in ("lopa_cpu", "lopa_cuda")]
+    return [(str(p), f"{p.stat().st_size} bytes" if p.exists() else "absent") for p in paths]
 
 
 def summary() -> str:

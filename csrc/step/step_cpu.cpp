@@ -88,7 +88,7 @@ RoundConfig make_config(const char* op, LOPA_CONFIG_PARAMETERS) {
 void check_owned(const char* op, const std::string& prefix, const char* name,
                  const OwnedTensor& tensor, ScalarType dtype,
                  std::initializer_list<int64_t> shape) {
-  if (!tensor.is(aoti_torch_device_type_cpu(), dtype, shape)) {
+  if (!tensor.is(kCpu, dtype, shape)) {
     check_tensor(op, (prefix + name).c_str(), tensor.shared(), dtype, shape);
   }
 }
@@ -178,9 +178,8 @@ class Round {
 
   void allocate() {
     const int64_t K = config_.branches, W = config_.window;
-    const int32_t cpu = aoti_torch_device_type_cpu();
     auto make = [&](ScalarType dtype, std::initializer_list<int64_t> shape) {
-      return OwnedTensor(TensorHandle{empty_handle(shape, dtype, cpu, 0)});
+      return OwnedTensor(TensorHandle{empty_handle(shape, dtype, kCpu)});
     };
     out_ = {make(ScalarType::Long, {B_, K, W}), make(ScalarType::Int, {B_, K}),
             make(ScalarType::Float, {B_, K}),   make(ScalarType::Bool, {B_, K}),

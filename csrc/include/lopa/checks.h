@@ -32,8 +32,16 @@ inline std::string shape_string(const Tensor& tensor) {
   return shape_string(tensor.sizes().data(), tensor.sizes().size());
 }
 
+inline void check_device(const char* op, const char* argument, const Tensor& tensor,
+                         Device device) {
+  Device own = device_of(tensor);
+  if (!(own == device)) {
+    fail(op, argument, "a tensor on " + device_string(device), device_string(own));
+  }
+}
+
 inline void check_cpu(const char* op, const char* argument, const Tensor& tensor) {
-  if (!tensor.is_cpu()) fail(op, argument, "a tensor on the CPU", "another device");
+  check_device(op, argument, tensor, kCpu);
 }
 
 inline void check_dtype(const char* op, const char* argument, const Tensor& tensor,
@@ -78,8 +86,9 @@ inline void check_shape(const char* op, const char* argument, const Tensor& tens
 
 // dtype, device and shape at once: what every small state tensor is held to.
 inline void check_tensor(const char* op, const char* argument, const Tensor& tensor,
-                         ScalarType dtype, std::initializer_list<int64_t> shape) {
-  check_cpu(op, argument, tensor);
+                         ScalarType dtype, std::initializer_list<int64_t> shape,
+                         Device device = kCpu) {
+  check_device(op, argument, tensor, device);
   check_dtype(op, argument, tensor, dtype);
   check_shape(op, argument, tensor, shape);
 }

@@ -22,9 +22,34 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
 
+struct Device {
+  int32_t type;
+  int32_t index;  // 0 on the CPU
+
+  bool operator==(const Device&) const = default;
+};
+
+inline const Device kCpu{aoti_torch_device_type_cpu(), 0};
+
+template <typename AnyTensor>
+Device device_of(const AnyTensor& tensor) {
+  Device device{};
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+  if (device.type != kCpu.type) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+  }
+  return device;
+}
+
+inline std::string device_string(Device device) {
+  if (device.type == kCpu.type) return "the CPU";
+  if (device.type == aoti_torch_device_type_cuda()) return "cuda:" + std::to_string(device.index);
+  return "another device";
+}
+
 // `torch::stable::empty` goes through the dispatcher (about 1 us a call); this does not.
 inline AtenTensorHandle empty_handle(std::initializer_list<int64_t> sizes, ScalarType dtype,
-                                     int32_t device_type, int32_t device_index) {
+                                     Device device) {
   int64_t strides[8];
   int64_t ndim = static_cast<int64_t>(sizes.size());
   int64_t stride = 1;
@@ -36,16 +61,12 @@ inline AtenTensorHandle empty_handle(std::initializer_list<int64_t> sizes, Scala
   int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, size, strides, shim_dtype,
-                                                         device_type, device_index, &handle));
+                                                         device.type, device.index, &handle));
   return handle;
 }
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  int32_t device_type = 0;
-  int32_t device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  return Tensor(empty_handle(sizes, dtype, device_type, device_index));
+  return Tensor(empty_handle(sizes, dtype, device_of(like)));
 }
 
 // A tensor as an argument or result of a boxed kernel, owned by whoever holds it. (The shim's own
@@ -88,6 +109,8 @@ class OwnedTensor {
     if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
   }
 
+  AtenTensorHandle get() const { return handle_; }
+
   TensorHandle release() { return {std::exchange(handle_, nullptr)}; }
 
   // The same tensor for what asks for a `Tensor`, such as the wording of an error.
@@ -105,12 +128,11 @@ class OwnedTensor {
     return {sizes, static_cast<size_t>(ndim)};
   }
 
-  bool is(int32_t device_type, ScalarType dtype, std::initializer_list<int64_t> shape) const {
-    int32_t own_device = 0, own_dtype = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &own_device));
+  bool is(Device device, ScalarType dtype, std::initializer_list<int64_t> shape) const {
+    int32_t own_dtype = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &own_dtype));
     const auto own = sizes();
-    return own_device == device_type &&
+    return device_of(*this) == device &&
            own_dtype == torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)) &&
            std::equal(shape.begin(), shape.end(), own.begin(), own.end());
   }
