@@ -7,21 +7,25 @@ export TORCH PYTHON
 IN := scripts/with_environment
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench sanitize clean
 
 help:
-	@echo 'make demo   build, install, and decode problems with the tiny model'
-	@echo 'make test   build, install, and run the tests'
-	@echo 'make lint   formatting, lint and types'
-	@echo 'make bench  build, install, and run the benchmarks'
-	@echo 'make clean  remove what was built, .venv included'
+	@echo 'make demo      build, install, and decode problems with the tiny model'
+	@echo 'make test      build, install, and run the tests'
+	@echo 'make lint      formatting, lint and types'
+	@echo 'make bench     build, install, and run the benchmarks'
+	@echo 'make sanitize  build, install, and run GPU tests under compute-sanitizer'
+	@echo 'make clean     remove what was built, .venv included'
 	@echo 'Variables: TORCH, PYTHON, ARGS; the Makefile describes them.'
 
 demo:
 	@$(IN) demo python -m examples.tiny_dllm.demo $(ARGS)
 
+# Then what runs Triton kernels once more, in Triton's interpreter; ARGS may choose none of it
+# (pytest's exit status 5).
 test:
 	@$(IN) test python -m pytest $(ARGS)
+	@TRITON_INTERPRET=1 $(IN) test python -m pytest -m triton $(ARGS) || [ $$? = 5 ]
 
 lint:
 	@$(IN) lint ruff check
@@ -31,6 +35,9 @@ lint:
 
 bench:
 	@$(IN) bench python -m bench $(ARGS)
+
+sanitize:
+	@$(IN) test scripts/sanitize $(ARGS)
 
 clean:
 	rm -rf build dist .venv *.egg-info lopa_kernels/*.so lopa_kernels/*.tmp

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import all_cases, report, select
+from bench import all_cases, cuda_runner, report, runner, select
 from bench.case import Case
-from bench.runner import QUICK, Result, Settings, measure_roofline, run_case
+from bench.runner import Result, Roofline, Settings
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
         "--op", action="append", metavar="NAME", help="operators whose name contains this"
     )
     result.add_argument("--case", metavar="SUBSTRING", help="cases whose name contains this")
-    result.add_argument("--device", choices=("cpu",), default="cpu")
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     result.add_argument("--threads", type=int, metavar="N", help="default: PyTorch's")
     result.add_argument("--json", type=Path, metavar="PATH")
     result.add_argument("--plot", type=Path, metavar="PATH")
@@ -30,7 +30,11 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def run(cases: list[Case], settings: Settings) -> list[Result]:
+def run(
+    cases: list[Case],
+    settings: Settings,
+    run_case: Callable[[Case, Settings, bool], Result] = runner.run_case,
+) -> list[Result]:
     """Runs the cases under a live progress bar; an operator that failed is timed no further."""
     results: list[Result] = []
     columns = (
@@ -56,23 +60,33 @@ def main(arguments: Sequence[str] | None = None, cases: list[Case] | None = None
         if options.threads < 1:
             parser().error(f"--threads: expected at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser().error("--device cuda: PyTorch finds no CUDA device")
     try:
         chosen = select(
             all_cases(options.device) if cases is None else cases, options.op, options.case
         )
     except ValueError as error:
         parser().error(str(error))
-    roofline = measure_roofline(options.quick)
-    results = run(chosen, QUICK if options.quick else Settings())
-    # Other programs' load hides the ceiling: the better of before and after.
-    roofline = roofline.best_of(measure_roofline(options.quick))
+    timing = cuda_runner if options.device == "cuda" else runner
     header = report.environment(options.device)
+    if options.device == "cuda":
+        header |= cuda_runner.environment()
+    roofline: Roofline = timing.measure_roofline(options.quick)
+    results = run(chosen, timing.settings(options.quick), timing.run_case)
+    try:
+        # Other programs' load hides the ceiling: the better of before and after.
+        roofline = roofline.best_of(timing.measure_roofline(options.quick))
+    except RuntimeError as error:
+        # A GPU that a kernel has brought down: what was measured before is told.
+        print(f"the ceilings were measured once: {error}", file=sys.stderr)
     print(report.markdown(results, roofline, header))
     if options.json is not None:
         report.write_json(options.json, report.as_dict(results, roofline, header))
     if options.plot is not None:
         report.plot(options.plot, results)
-    return 1 if report.failed_ops(results) else 0
+    wrong = any(m.check.startswith("wrong") for result in results for m in result.measurements)
+    return 1 if wrong or report.failed_ops(results) else 0
 
 
 if __name__ == "__main__":

@@ -171,7 +171,9 @@ DREAM = Shape(1, 4, 64, 1024, 28, 4, 128)
 
 
 def cases(device: str = "cpu") -> list[Case]:
-    """Every case on one device."""
+    """Every case on one device; there is a kernel for the CPU alone."""
+    if device != "cpu":
+        return []
     return [
         *(case(shape, torch.float32, device) for shape in TINY),
         case(TINY[2], torch.bfloat16, device),

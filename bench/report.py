@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
+from bench.case import Case
 from bench.runner import Measurement, Result, Roofline
 from lopa_kernels.collect_env import cpu_isa, cpu_name, versions
 
@@ -23,6 +26,18 @@ HEADERS = (
     "GFLOP/s (of matmul)",
     "to best peer",
     "extra MB",
+    "check",
+)
+
+CUDA_HEADERS = (
+    "provider",
+    "us",
+    "quartiles",
+    "moved or done",
+    "of roofline",
+    "to best peer",
+    "extra MB",
+    "timed",
     "check",
 )
 
@@ -51,30 +66,53 @@ def _rate(amount: int, seconds: float, ceiling: float) -> str:
     return f"{_number(rate / 1e9)} ({rate / ceiling:.1%})" if amount else ""
 
 
+def _cuda_rate(case: Case, seconds: float, roofline: Roofline) -> list[str]:
+    """What bounds the case, by the second; and the least time by what was taken."""
+    if case.bytes == 0 and case.flops == 0:
+        return ["", ""]
+    memory = case.bytes / roofline.bytes_per_s >= case.flops / roofline.flops_per_s
+    rate = f"{_number(case.bytes / seconds / 1e9)} GB/s"
+    if not memory:
+        rate = f"{_number(case.flops / seconds / 1e12)} TFLOP/s"
+    return [rate, f"{roofline.seconds(case) / seconds:.1%}"]
+
+
 def _row(result: Result, measurement: Measurement, roofline: Roofline, told: bool) -> list[str]:
+    case = result.case
+    blank = len(CUDA_HEADERS if case.device == "cuda" else HEADERS) - 3
     median, low, high = measurement.median, measurement.low, measurement.high
+    if measurement.left_out:
+        return [measurement.provider, "", *[""] * blank, measurement.check]
     if not told or median is None or low is None or high is None:
         verdict = measurement.check if measurement.failed else f"{measurement.check}, withheld"
-        return [measurement.provider, "FAILED", "", "", "", "", "", verdict]
+        return [measurement.provider, "FAILED", *[""] * blank, verdict]
     ratio = result.ratio(measurement)
     memory = measurement.extra_memory
+    if case.device == "cuda":
+        rates = _cuda_rate(case, median * 1e-6, roofline)
+    else:
+        rates = [
+            _rate(case.bytes, median * 1e-6, roofline.read_bytes_per_s),
+            _rate(case.flops, median * 1e-6, roofline.flops_per_s),
+        ]
     return [
         measurement.provider,
         _number(median),
         f"{_number(low)} .. {_number(high)}",
-        _rate(result.case.bytes, median * 1e-6, roofline.read_bytes_per_s),
-        _rate(result.case.flops, median * 1e-6, roofline.flops_per_s),
+        *rates,
         "" if ratio is None or measurement.check == "unchecked" else f"{_number(ratio)}x",
         "" if memory is None else f"{memory / 1e6:.2f}",
+        *([measurement.timing] if case.device == "cuda" else []),
         measurement.check,
     ]
 
 
 def markdown(results: list[Result], roofline: Roofline, header: dict[str, str]) -> str:
     """The environment, then a table for each operator."""
-    lines = [f"- {name}: {value}" for name, value in header.items()]
-    lines.append(f"- read bandwidth: {roofline.read_bytes_per_s / 1e9:.1f} GB/s")
-    lines.append(f"- fp32 matmul: {roofline.flops_per_s / 1e9:.0f} GFLOP/s")
+    facts = {**header, **roofline.header()}
+    lines = [f"- {name}: {value}" for name, value in facts.items()]
+    on_gpu = any(result.case.device == "cuda" for result in results)
+    headers = CUDA_HEADERS if on_gpu else HEADERS
     withheld = failed_ops(results)
     for op in dict.fromkeys(result.case.op for result in results):
         rows = []
@@ -84,7 +122,7 @@ def markdown(results: list[Result], roofline: Roofline, header: dict[str, str]) 
             for index, measurement in enumerate(result.measurements):
                 name = result.case.name if index == 0 else ""
                 rows.append([name, *_row(result, measurement, roofline, op not in withheld)])
-        table = tabulate(rows, ("case", *HEADERS), tablefmt="github", disable_numparse=True)
+        table = tabulate(rows, ("case", *headers), tablefmt="github", disable_numparse=True)
         lines += ["", f"## {op}", "", table]
     return "\n".join(lines)
 
@@ -109,13 +147,15 @@ def as_dict(results: list[Result], roofline: Roofline, header: dict[str, str]) -
                 "roofline": None,
                 "ratio_to_best_peer": None,
                 "extra_memory_bytes": m.extra_memory,
+                "timing": m.timing,
             }
             if told and m.median is not None:
                 seconds = m.median * 1e-6
                 row["microseconds"] = {"median": m.median, "low": m.low, "high": m.high}
-                row["bytes_per_s"] = case.bytes / seconds
-                row["flops_per_s"] = case.flops / seconds
-                row["roofline"] = roofline.seconds(case) / seconds
+                if not case.host:
+                    row["bytes_per_s"] = case.bytes / seconds
+                    row["flops_per_s"] = case.flops / seconds
+                    row["roofline"] = roofline.seconds(case) / seconds
                 row["ratio_to_best_peer"] = None if m.check == "unchecked" else result.ratio(m)
             rows.append(row)
         cases.append(
@@ -132,10 +172,7 @@ def as_dict(results: list[Result], roofline: Roofline, header: dict[str, str]) -
     return {
         "schema": SCHEMA,
         "environment": header,
-        "roofline": {
-            "read_bytes_per_s": roofline.read_bytes_per_s,
-            "flops_per_s": roofline.flops_per_s,
-        },
+        "roofline": dataclasses.asdict(roofline),
         "cases": cases,
     }
 
@@ -145,23 +182,38 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 
 
 def plot(path: Path, results: list[Result]) -> None:
-    """Bars: how many times as fast as the best peer ours is, a case each."""
+    """How many times as fast as the best peer ours is, a bar a case; and times against rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     withheld = failed_ops(results)
+    told = [result for result in results if result.case.op not in withheld]
     bars = [
         (result.case.op, f"{result.case.op}: {result.case.name}", ratio)
-        for result in results
-        if result.case.op not in withheld
+        for result in told
         for measurement in result.measurements
         if measurement.provider == "lopa" and (ratio := result.ratio(measurement)) is not None
     ]
-    bars.reverse()
+    series = _series(told)
+    heights = [1.5 + 0.3 * len(bars), *[4.0] * len(series)]
+    figure, panels = pyplot.subplots(
+        len(heights),
+        figsize=(10, sum(heights)),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
+    )
+    _draw_bars(panels[0, 0], bars[::-1])
+    for axes, (label, points) in zip(panels[1:, 0], series.items(), strict=True):
+        _draw_series(axes, label, points)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _draw_bars(axes: Any, bars: list[tuple[str, str, float]]) -> None:
     ops = list(dict.fromkeys(op for op, _, _ in bars))
-    figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.3 * len(bars)), layout="constrained")
     colours = [f"C{ops.index(op)}" for op, _, _ in bars]
     # From 1, to the left where a peer is faster.
     ratios = [ratio for _, _, ratio in bars]
@@ -172,5 +224,38 @@ def plot(path: Path, results: list[Result]) -> None:
     axes.margins(x=0.15)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xlabel("times as fast as the best peer")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+
+
+def _series(results: list[Result]) -> dict[str, list[tuple[int, Result]]]:
+    """Cases that differ in their rows alone, "<rows> x <the rest>", where there are three."""
+    found: dict[str, list[tuple[int, Result]]] = {}
+    for result in results:
+        match = re.fullmatch(r"(\d+) x (.*)", result.case.name)
+        if match is not None:
+            label = f"{result.case.op}: {match[2]}"
+            found.setdefault(label, []).append((int(match[1]), result))
+    return {
+        label: sorted(points, key=lambda point: point[0])
+        for label, points in found.items()
+        if len(points) >= 3
+    }
+
+
+def _draw_series(axes: Any, label: str, points: list[tuple[int, Result]]) -> None:
+    names = dict.fromkeys(m.provider for _, result in points for m in result.measurements)
+    for name in names:
+        line = [
+            (rows, m.median)
+            for rows, result in points
+            for m in result.measurements
+            if m.provider == name and m.median is not None
+        ]
+        if line:
+            ours = name.partition(",")[0] == "lopa"
+            axes.plot(*zip(*line, strict=True), "o-" if ours else "x--", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="rows", ylabel="us")
+    axes.set_xticks([rows for rows, _ in points], [str(rows) for rows, _ in points])
+    axes.minorticks_off()
+    # Title and legend run into the room that the bars' labels take on the left.
+    axes.set_title(label, loc="right", fontsize="medium")
+    axes.legend(fontsize="small", loc="center right", bbox_to_anchor=(-0.15, 0.5))

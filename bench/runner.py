@@ -1,4 +1,7 @@
-"""Timing on the CPU: every provider checked, then called in turn over rotating inputs."""
+"""Timing on the CPU: every provider checked, then called in turn over rotating inputs.
+
+What a GPU's timing shares with it is here too.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import ctypes
 import math
 import os
 import statistics
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,8 +21,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bench.case import Case
 
-#: of inputs in memory at once
-MOST_INPUT_BYTES = 1 << 30
 MOST_BUFFERS = 4096
 
 
@@ -31,6 +33,7 @@ class Settings:
         sample: seconds that one sample lasts at least, by repeated calls.
         least, most: samples of one provider.
         cache_bytes: memory that a rotation must exceed for its inputs to leave the caches.
+        input_bytes: of inputs in memory at once, as far as two of them fit.
     """
 
     budget: float = 1.0
@@ -38,6 +41,7 @@ class Settings:
     least: int = 5
     most: int = 200
     cache_bytes: int = 64 << 20
+    input_bytes: int = 1 << 30
 
 
 QUICK = Settings(budget=0.02, sample=1e-4, least=3, most=10, cache_bytes=1 << 20)
@@ -56,9 +60,20 @@ class Roofline:
             max(self.flops_per_s, other.flops_per_s),
         )
 
+    @property
+    def bytes_per_s(self) -> float:
+        """The ceiling of what a case moves."""
+        return self.read_bytes_per_s
+
     def seconds(self, case: Case) -> float:
         """The least time for a case's memory and arithmetic."""
-        return max(case.bytes / self.read_bytes_per_s, case.flops / self.flops_per_s)
+        return max(case.bytes / self.bytes_per_s, case.flops / self.flops_per_s)
+
+    def header(self) -> dict[str, str]:
+        return {
+            "read bandwidth": f"{self.read_bytes_per_s / 1e9:.1f} GB/s",
+            "fp32 matmul": f"{self.flops_per_s / 1e9:.0f} GFLOP/s",
+        }
 
 
 @dataclass
@@ -66,12 +81,13 @@ class Measurement:
     """One provider of a case. Times are microseconds a call; None where nothing may be said."""
 
     provider: str
-    check: str  # "ok", "reference", "unchecked", or "FAILED: " and why
+    check: str  # "ok", "reference", "unchecked"; "FAILED: ", or of a peer "absent: ", "wrong: "
     median: float | None = None
     low: float | None = None  # lower and upper quartile
     high: float | None = None
     samples: int = 0
     extra_memory: int | None = None  # bytes at the peak of one call
+    timing: str = "wall"  # on a GPU "graph", "eager", or "host": what the time is of
 
     @property
     def ours(self) -> bool:
@@ -80,6 +96,17 @@ class Measurement:
     @property
     def failed(self) -> bool:
         return self.check.startswith("FAILED")
+
+    @property
+    def left_out(self) -> bool:
+        """An optional peer that does not run here, or errs: it alone has no speed."""
+        return self.check.startswith(("absent", "wrong"))
+
+    def record(self, samples: list[float]) -> None:
+        """Takes the median and the quartiles of samples in seconds a call."""
+        quartiles = statistics.quantiles(samples, n=4, method="inclusive")
+        self.low, self.median, self.high = (q * 1e6 for q in quartiles)
+        self.samples = len(samples)
 
 
 @dataclass
@@ -142,35 +169,55 @@ def rotation(case: Case, settings: Settings) -> list[tuple[Any, ...]]:
         size = sum(leaf.nbytes for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
         touched = max(1, min(size, case.bytes))
         count = math.ceil(settings.cache_bytes / touched) + 1
-        count = max(2, min(count, MOST_BUFFERS, MOST_INPUT_BYTES // max(1, size)))
+        count = max(2, min(count, MOST_BUFFERS, settings.input_bytes // max(1, size)))
     return case.make(count)
 
 
 def _fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies, for providers that write to their inputs."""
-    return tree_map_only(torch.Tensor, torch.clone, inputs)
+    """Copies, for providers that write to their inputs; what is one tensor stays one."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.clone()
+        return copies[id(tensor)]
+
+    return tree_map_only(torch.Tensor, copy, inputs)
+
+
+def verdict_of(kind: str, error: Exception) -> str:
+    """`kind`, and what was raised in a line that fits into a table's cell."""
+    line = textwrap.shorten(str(error).replace("|", "/"), 200, placeholder=" ...")
+    return f"{kind}: {type(error).__name__}: {line}"
 
 
 def check_providers(case: Case, inputs: tuple[Any, ...]) -> list[Measurement]:
-    """Calls every provider once and compares its result with the reference's."""
-    expected = case.providers[case.reference](*_fresh(inputs))
-    measurements = []
-    for name, provider in case.providers.items():
-        verdict = "ok"
-        if name == case.reference:
-            verdict = "reference"
-        elif name in case.unchecked:
-            verdict = "unchecked"
-        try:
-            result = provider(*_fresh(inputs))
-            if verdict == "ok":
-                case.check(result, expected)
-        except Exception as error:
-            # A provider that raises is as unfit for a speed as one that errs.
-            line = str(error).strip().partition("\n")[0]
-            verdict = f"FAILED: {type(error).__name__}: {line}"
-        measurements.append(Measurement(name, verdict))
-    return measurements
+    """Calls every provider once and compares its result with what is expected of it."""
+    oracle = case.oracle
+    if oracle is None:
+        assert case.reference is not None, f"{case.name}: neither a reference nor an oracle"
+        oracle = case.providers[case.reference]
+    expected = oracle(*_fresh(inputs))
+    return [Measurement(name, _check(case, name, inputs, expected)) for name in case.providers]
+
+
+def _check(case: Case, name: str, inputs: tuple[Any, ...], expected: Any) -> str:
+    """The verdict of one provider. One that raises is as unfit for a speed as one that errs."""
+    try:
+        result = case.providers[name](*_fresh(inputs))
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:
+        return verdict_of("absent" if name in case.optional else "FAILED", error)
+    if name == case.reference:
+        return "reference"
+    if name in case.unchecked:
+        return "unchecked"
+    try:
+        case.checks.get(name, case.check)(result, expected)
+    except Exception as error:
+        return verdict_of("wrong" if name in case.optional else "FAILED", error)
+    return "ok"
 
 
 def _status_bytes(name: str) -> int:
@@ -210,7 +257,6 @@ def time_providers(
 ) -> dict[str, list[float]]:
     """Samples, in seconds a call. Providers take turns: the machine's noise hits them alike."""
     position = 0
-    samples: dict[str, list[float]] = {name: [] for name in providers}
 
     def sample(provider: Callable[..., Any], calls: int) -> float:
         nonlocal position
@@ -227,12 +273,30 @@ def time_providers(
         if one < settings.sample:
             # The first call was cold; what a sample lasts is known after some more.
             calls[name] = max(1, math.ceil(settings.sample * 10 / max(sample(provider, 10), 1e-7)))
-    spent = dict.fromkeys(providers, 0.0)
-    active = list(providers)
+
+    def sampler(name: str) -> tuple[list[float], float]:
+        seconds = sample(providers[name], calls[name])
+        return [seconds / calls[name]], seconds
+
+    return take_turns(list(providers), sampler, settings)
+
+
+def take_turns(
+    names: list[str], sampler: Callable[[str], tuple[list[float], float]], settings: Settings
+) -> dict[str, list[float]]:
+    """Samples of everybody, in turns, until each has enough.
+
+    Args:
+        names: of the providers.
+        sampler: takes some samples of one of them: seconds a call, and the seconds it took.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    spent = dict.fromkeys(names, 0.0)
+    active = list(names)
     while active:
         for name in active:
-            seconds = sample(providers[name], calls[name])
-            samples[name].append(seconds / calls[name])
+            taken, seconds = sampler(name)
+            samples[name] += taken
             spent[name] += seconds
         active = [
             name
@@ -249,13 +313,16 @@ def run_case(case: Case, settings: Settings, timed: bool = True) -> Result:
     result = Result(case, len(inputs), check_providers(case, inputs[0]))
     if result.failed or not timed:
         return result
-    samples = time_providers(case.providers, inputs, settings)
-    for measurement in result.measurements:
-        taken = samples[measurement.provider]
-        quartiles = statistics.quantiles(taken, n=4, method="inclusive")
-        measurement.low, measurement.median, measurement.high = (q * 1e6 for q in quartiles)
-        measurement.samples = len(taken)
-        provider = case.providers[measurement.provider]
-        repeats = 3 if measurement.median < 1e5 else 1
+    present = [m for m in result.measurements if not m.left_out]
+    providers = {m.provider: case.providers[m.provider] for m in present}
+    samples = time_providers(providers, inputs, settings)
+    for measurement in present:
+        measurement.record(samples[measurement.provider])
+        provider = providers[measurement.provider]
+        repeats = 3 if (measurement.median or 0.0) < 1e5 else 1
         measurement.extra_memory = extra_memory(lambda p=provider: p(*inputs[0]), repeats)  # type: ignore[misc]
     return result
+
+
+def settings(quick: bool) -> Settings:
+    return QUICK if quick else Settings()

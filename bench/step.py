@@ -1,4 +1,7 @@
-"""A round of LoPA against loops in Python: from ready statistics, and from logits."""
+"""A round of LoPA against loops in Python: from ready statistics, and from logits.
+
+On a GPU also what a call of ``lopa_step`` costs the host.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_map_only
 
+from bench import peers
 from bench.case import Case
 from bench.confidence import FLOPS_PER_LOGIT, eager
 from lopa_kernels import (
@@ -17,6 +22,7 @@ from lopa_kernels import (
     branch_step_out,
     empty_step,
     lopa_step,
+    lopa_step_out,
     needed_rows,
     token_confidence,
 )
@@ -142,11 +148,28 @@ def published(
     return result
 
 
-def check(result: Any, expected: Any) -> None:
-    """Equal winner, fill count and windows; every other field too where both have it."""
+def check(result: Any, expected: Any, tolerance: float = 0.0) -> None:
+    """Equal winner, fill count and windows; every other field too where both have it.
+
+    Args:
+        tolerance: relative, of fp32 fields, where the two have summed in different orders.
+    """
     whole = isinstance(result, LopaStep) and isinstance(expected, LopaStep)
     for got, want in zip(_compared(result, whole), _compared(expected, whole), strict=True):
-        assert torch.equal(got, want)
+        if tolerance and got.is_floating_point():
+            torch.testing.assert_close(got.cpu(), want.cpu(), rtol=tolerance, atol=tolerance)
+        else:
+            assert torch.equal(got.cpu(), want.cpu())
+
+
+#: what the contract leaves to fp32 statistics of different backends
+TOLERANCE = 1e-5
+check_closely = functools.partial(check, tolerance=TOLERANCE)
+
+
+def to(device: str, values: Any) -> Any:
+    """Tensors, those of a state too, on the device."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), values)
 
 
 def _compared(result: LopaStep | Round, whole: bool) -> tuple[torch.Tensor, ...]:
@@ -160,18 +183,23 @@ def _compared(result: LopaStep | Round, whole: bool) -> tuple[torch.Tensor, ...]
 def make_statistics(
     shape: Shape, config: LopaConfig, device: str, buffers: int
 ) -> list[tuple[Any, ...]]:
-    generator = torch.Generator(device).manual_seed(0)
+    # On the CPU, so that a GPU's rounds are the same.
+    generator = torch.Generator().manual_seed(0)
     tuples = []
     for _ in range(buffers):
-        state = make_state(shape, config.block_size, generator)
-        token = torch.randint(MASK, shape, generator=generator, device=device)
-        prob, score = (torch.rand(shape, generator=generator, device=device) for _ in range(2))
+        state = to(device, make_state(shape, config.block_size, generator))
+        token = to(device, torch.randint(MASK, shape, generator=generator))
+        prob, score = (to(device, torch.rand(shape, generator=generator)) for _ in range(2))
         tuples.append((token, prob, -score, state, config, empty_step(state, config)))
     return tuples
 
 
 def functional(*inputs: Any) -> LopaStep:
     return branch_step(*inputs[:5])
+
+
+def on_triton(*inputs: Any) -> LopaStep:
+    return branch_step(*inputs[:5], backend="triton")
 
 
 def into_buffers(*inputs: Any) -> LopaStep:
@@ -184,6 +212,11 @@ def reference_loop(*inputs: Any) -> LopaStep:
     return branch_step(*inputs[:5], backend="reference")
 
 
+def reference_on_cpu(*inputs: Any) -> LopaStep:
+    """The reference waits for the device at every value, so that a GPU's goes to the CPU."""
+    return reference_loop(*to("cpu", inputs))
+
+
 def published_loop(*inputs: Any) -> Round:
     return published(*inputs[:5])
 
@@ -191,57 +224,106 @@ def published_loop(*inputs: Any) -> Round:
 def branch_step_case(shape: Shape, device: str) -> Case:
     config = make_config(32)
     columns = shape.B * shape.K * shape.W
+    gpu = device != "cpu"
+    providers: dict[str, Any] = {"lopa": functional, "lopa, out": into_buffers}
+    if gpu and peers.has_triton("branch_step"):
+        providers["lopa, triton"] = on_triton
+    if not gpu:
+        providers["reference"] = reference_loop
+    providers["published loop"] = published_loop
     return Case(
         op="branch_step",
         name=f"B {shape.B} K {shape.K} W {shape.W}",
         make=functools.partial(make_statistics, shape, config, device),
-        providers={
-            "lopa": functional,
-            "lopa, out": into_buffers,
-            "reference": reference_loop,
-            "published loop": published_loop,
-        },
-        reference="reference",
-        check=check,
+        providers=providers,
+        reference=None if gpu else "reference",
+        check=check_closely if gpu else check,
         # Tokens in and out, the statistics, the committed tokens.
         bytes=columns * (8 + 8 + 8 + 4 + 4) + shape.B * shape.W * 8,
         flops=0,
         buffers=WARM_BUFFERS,
+        device=device,
+        oracle=reference_on_cpu if gpu else None,
+        eager=("published loop",),
     )
 
 
 def make_logits(
     shape: Shape, config: LopaConfig, vocab: int, dtype: torch.dtype, device: str, buffers: int
 ) -> list[tuple[Any, ...]]:
-    """Logits of the needed rows alone, each with one token raised to a probability of 0 to 1."""
-    generator = torch.Generator(device).manual_seed(0)
+    """Logits of the needed rows alone, each with one token raised to a probability of 0 to 1.
+
+    Behind them the state, the settings, the rows, and buffers for the results: beside the state,
+    and with the state itself in them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    # Of many logits on their own device: the CPU would take seconds.
+    normal = generator if device == "cpu" else torch.Generator(device).manual_seed(0)
     tuples = []
     for _ in range(buffers):
         state = make_state(shape, config.block_size, generator)
         needed = needed_rows(state, config)
         rows = int(needed.count)
-        logits = torch.randn((rows, vocab), generator=generator, device=device) * 3
+        logits = torch.randn((rows, vocab), generator=normal, device=device) * 3
         raised = torch.randint(MASK if vocab > MASK else vocab, (rows, 1), generator=generator)
-        height = torch.rand((rows, 1), generator=generator, device=device) * 20 + 10
-        logits.scatter_(1, raised.to(device), height)
-        tuples.append((logits.to(dtype), state, config, needed.rows))
+        height = torch.rand((rows, 1), generator=generator) * 20 + 10
+        logits.scatter_(1, raised.to(device), height.to(device))
+        state = to(device, state)
+        out = empty_step(state, config)
+        row_map = needed.rows.to(device)
+        tuples.append((logits.to(dtype), state, config, row_map, out, out._replace(state=state)))
     return tuples
 
 
 def one_call(
-    logits: torch.Tensor, state: LopaState, config: LopaConfig, rows: torch.Tensor
+    logits: torch.Tensor, state: LopaState, config: LopaConfig, rows: torch.Tensor, *_: LopaStep
 ) -> LopaStep:
     return lopa_step(logits, state, config, rows)
 
 
+def one_call_on_triton(
+    logits: torch.Tensor, state: LopaState, config: LopaConfig, rows: torch.Tensor, *_: LopaStep
+) -> LopaStep:
+    return lopa_step(logits, state, config, rows, backend="triton")
+
+
+def one_call_out(
+    logits: torch.Tensor,
+    state: LopaState,
+    config: LopaConfig,
+    rows: torch.Tensor,
+    out: LopaStep,
+    *_: LopaStep,
+) -> LopaStep:
+    lopa_step_out(logits, state, config, out, rows)
+    return out
+
+
+def one_call_in_place(
+    logits: torch.Tensor,
+    state: LopaState,
+    config: LopaConfig,
+    rows: torch.Tensor,
+    _: LopaStep,
+    in_place: LopaStep,
+) -> LopaStep:
+    lopa_step_out(logits, state, config, in_place, rows)
+    return in_place
+
+
+def one_call_reference(*inputs: Any) -> LopaStep:
+    """The reference on the CPU."""
+    return lopa_step(*to("cpu", inputs[:4]), backend="reference")
+
+
 def two_calls(
-    logits: torch.Tensor, state: LopaState, config: LopaConfig, rows: torch.Tensor
+    logits: torch.Tensor, state: LopaState, config: LopaConfig, rows: torch.Tensor, *_: LopaStep
 ) -> LopaStep:
     return branch_step(*token_confidence(logits, metric=config.metric, rows=rows), state, config)
 
 
 def eager_and_loop(
-    logits: torch.Tensor, state: LopaState, config: LopaConfig, rows: torch.Tensor
+    logits: torch.Tensor, state: LopaState, config: LopaConfig, rows: torch.Tensor, *_: LopaStep
 ) -> Round:
     statistics = eager(logits, config.metric)
     gather = rows.clamp(min=0).long()
@@ -252,26 +334,66 @@ def eager_and_loop(
 def lopa_step_case(shape: Shape, device: str) -> Case:
     config = make_config(16)
     # The number of open columns is drawn: from the generator's first state, as `make` begins.
-    state = make_state(shape, config.block_size, torch.Generator(device).manual_seed(0))
+    state = make_state(shape, config.block_size, torch.Generator().manual_seed(0))
     rows = int((state.tokens == MASK).sum())
+    gpu = device != "cpu"
+    providers: dict[str, Any] = {"lopa": one_call, "lopa, two calls": two_calls}
+    if gpu:
+        providers["lopa, out"] = one_call_out
+    if gpu and peers.has_triton("lopa_step"):
+        providers["lopa, triton"] = one_call_on_triton
+    providers["eager, published loop"] = eager_and_loop
     return Case(
         op="lopa_step",
         name=f"B {shape.B} K {shape.K} W {shape.W} V {VOCAB} bfloat16, {rows} rows",
         make=functools.partial(make_logits, shape, config, VOCAB, torch.bfloat16, device),
-        providers={
-            "lopa": one_call,
-            "lopa, two calls": two_calls,
-            "eager, published loop": eager_and_loop,
-        },
+        providers=providers,
         reference="eager, published loop",
         check=check,
         bytes=rows * VOCAB * 2,
         flops=rows * VOCAB * FLOPS_PER_LOGIT,
+        device=device,
+        eager=("eager, published loop",),
+    )
+
+
+def host_case(device: str) -> Case:
+    """The host's time for one call; few logits, so that the device keeps up with it."""
+    shape, vocab = Shape(1, 4, 32), 64
+    providers: dict[str, Any] = {
+        "lopa": one_call,
+        "lopa, out": one_call_out,
+        "lopa, in place": one_call_in_place,
+    }
+    if peers.has_triton("lopa_step"):
+        providers["lopa, triton"] = one_call_on_triton
+    return Case(
+        op="lopa_step eager call",
+        name=f"B {shape.B} K {shape.K} W {shape.W} V {vocab}, the host's time",
+        make=functools.partial(make_logits, shape, make_config(16), vocab, torch.bfloat16, device),
+        providers=providers,
+        reference=None,
+        check=check_closely,
+        bytes=0,
+        flops=0,
+        buffers=WARM_BUFFERS,
+        device=device,
+        oracle=one_call_reference,
+        host=True,
     )
 
 
 def cases(device: str = "cpu") -> list[Case]:
     """Every case on one device."""
+    if device != "cpu":
+        return [
+            branch_step_case(Shape(1, 8, 128), device),
+            branch_step_case(Shape(32, 8, 128), device),
+            branch_step_case(Shape(1, 16, 512), device),
+            lopa_step_case(Shape(1, 4, 64), device),
+            lopa_step_case(Shape(1, 8, 128), device),
+            host_case(device),
+        ]
     return [
         branch_step_case(Shape(1, 8, 128), device),
         branch_step_case(Shape(8, 8, 128), device),

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
+from targets import Target, cpu
+from torch.utils._pytree import tree_map_only
 
 # confidence: one element, vector and block edges, primes, GPT-2's and Qwen's vocabularies.
 VOCABULARIES = (1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 1000, 8193, 50257, 152064)
+
+# confidence: the edges of the tiles of 2048 that a draw goes by, and Qwen's vocabulary.
+DRAW_VOCABULARIES = (1, 2047, 2048, 2049, 4096, 10000, 152064)
 
 # branch_attention: (batch, branches, window, q_heads, kv_heads, head_dim, capacity). One of
 # everything, head dimensions beside the vector widths, tiles of 64 keys just missed and just
@@ -31,6 +40,48 @@ CACHES = (
 )
 
 
+def skip_where_slow(target: Target, vocab: int) -> None:
+    """Triton's interpreter takes seconds for a few long rows."""
+    if target.interpreted and vocab > 10000:
+        pytest.skip("too long for Triton's interpreter")
+
+
+def moved(values: Any, device: str, dtype: torch.dtype | None = None) -> Any:
+    """Tensors, also those in tuples, lists and dictionaries, with their strides and offsets.
+
+    (``Tensor.to`` makes most views contiguous.) What lies between the elements moves along.
+    """
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+        storage = tensor.as_strided((elements,), (1,), 0).to(device, dtype)
+        return storage.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    return tree_map_only(torch.Tensor, move, values)
+
+
+def run_on(target: Target, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """A public function on the target, of tensors of the CPU and back to it."""
+    arguments, options = moved((arguments, options), target.device)
+    return cpu(function(*arguments, **options, backend=target.backend))
+
+
+def operator(target: Target, name: str) -> Callable[..., Any]:
+    """The operator below the public function, of the target's backend."""
+    library = torch.ops.lopa_triton if target.backend == "triton" else torch.ops.lopa
+    return getattr(library, name).default
+
+
+def chi_square_limit(degrees: int) -> float:
+    """What a chi-square statistic passes once in a million times.
+
+    By Wilson and Hilferty, "The distribution of chi-square", PNAS 17 (1931): its cube root is
+    nearly normal.
+    """
+    variance = 2 / (9 * degrees)
+    return degrees * (1 - variance + 4.753 * variance**0.5) ** 3
+
+
 def close(actual: torch.Tensor, expected: torch.Tensor, absolute: float = 1e-37) -> None:
     """Within 1e-5, relative or `absolute`, compared in float64."""
     torch.testing.assert_close(
@@ -47,3 +98,12 @@ def random_logits(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0
 def integer(value: int) -> torch.Tensor:
     """A seed or step: int64 with one element."""
     return torch.tensor([value], dtype=torch.int64)
+
+
+# confidence: one set of options for every way through the kernels
+VOCABULARY_OPTIONS = [
+    {"metric": "neg_entropy"},
+    {"metric": "margin", "top_p": 0.9},
+    {"temperature": 1.0, "seed": integer(6), "top_k": 1000},
+    {"temperature": 0.3, "seed": integer(6)},
+]

@@ -1,8 +1,12 @@
-"""Shared fixtures: poisoned memory, threads."""
+"""Shared fixtures: poisoned memory, threads; markers and options of the GPU runs."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# PyTorch's deterministic mode, below, asks it of cuBLAS, which reads it once.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
@@ -13,20 +17,53 @@ settings.register_profile("lopa", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("lopa")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-poison",
+        action="store_true",
+        help="leave uninitialised memory as it is, for a tool that watches it (scripts/sanitize)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "triton: runs Triton kernels, in Triton's interpreter where TRITON_INTERPRET=1"
+    )
+    config.addinivalue_line(
+        "markers", "big: gigabytes, compilers or profiles, which scripts/sanitize leaves out"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "triton" in item.name:
+            item.add_marker("triton")
+
+
+def _poison(on: bool) -> None:
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = on
+
+
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """Memory that PyTorch leaves uninitialised holds NaN or the largest integer.
 
     An output element that a kernel forgets to write then differs from every expectation. The
-    switch reaches ``torch.empty`` and its relatives; the C++ kernels' own outputs are poisoned by
-    the tests that hand them buffers.
+    switch reaches ``torch.empty`` and its relatives, on a GPU the outputs of the C++ kernels too;
+    on the CPU those are poisoned by the tests that hand them buffers.
     """
-    torch.use_deterministic_algorithms(True)
     previous = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    _poison(not request.config.getoption("--no-poison"))
     yield
+    _poison(False)
     torch.utils.deterministic.fill_uninitialized_memory = previous
-    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def plain_memory(poisoned_memory: None) -> None:
+    """No poison: it is a kernel for each allocation, which the test would count."""
+    _poison(False)
 
 
 @pytest.fixture

@@ -12,16 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from bench_cases import ROOT, run, sum_case, verdicts_of, wrong_case
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-pytest.importorskip("rich")
-pytest.importorskip("tabulate")
-
-from bench import all_cases, report, runner, select, step  # noqa: E402
-from bench.__main__ import main  # noqa: E402
-from bench.case import Case  # noqa: E402
+from bench import all_cases, confidence, kv_cache, peers, report, runner, select, step
+from bench.__main__ import main
 
 ROW_KEYS = {
     "provider",
@@ -34,47 +28,8 @@ ROW_KEYS = {
     "roofline",
     "ratio_to_best_peer",
     "extra_memory_bytes",
+    "timing",
 }
-
-
-def close(result: torch.Tensor, expected: torch.Tensor) -> None:
-    assert torch.allclose(result, expected), "sums differ"
-
-
-def sum_case(op: str = "sum", name: str = "1000 float32", **fields: Any) -> Case:
-    def make(buffers: int) -> list[tuple[torch.Tensor]]:
-        return [(torch.arange(1000.0) + i,) for i in range(buffers)]
-
-    made: dict[str, Any] = {
-        "providers": {
-            "lopa": torch.sum,
-            "lopa, twice": lambda x: (torch.sum(x) + torch.sum(x)) / 2,
-            "peer": lambda x: x.cumsum(0)[-1],
-            "read": lambda x: x.amax(),
-        },
-        "reference": "peer",
-        "check": close,
-        "bytes": 4000,
-        "flops": 1000,
-        "unchecked": ("read",),
-    }
-    return Case(op=op, name=name, make=make, **{**made, **fields})
-
-
-def wrong_case(op: str = "sum", **fields: Any) -> Case:
-    return sum_case(
-        op,
-        "planted",
-        providers={"lopa": lambda x: torch.sum(x) + 1e3, "peer": torch.sum},
-        unchecked=(),
-        **fields,
-    )
-
-
-def run(cases: list[Case], tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    path = tmp_path / "out.json"
-    status = main(["--quick", "--json", str(path), *arguments], cases)
-    return status, json.loads(path.read_text())
 
 
 def test_program_end_to_end(tmp_path: Path) -> None:
@@ -179,6 +134,64 @@ def test_providers_that_write_to_their_inputs_are_checked_on_copies() -> None:
     assert torch.equal(inputs[0], torch.arange(1000.0))
 
 
+def test_copies_keep_what_is_one_tensor() -> None:
+    """A state in its own buffers for results is updated in place in a copy, too."""
+
+    def check(x: torch.Tensor, y: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        assert x is y[0]
+        return x.add_(1)
+
+    tensor = torch.zeros(3)
+    case = sum_case(providers={"lopa": check, "peer": check}, unchecked=())
+    assert not any(m.failed for m in runner.check_providers(case, (tensor, (tensor,))))
+    assert not tensor.any()
+
+
+def test_results_are_held_to_the_oracle_and_to_a_provider_s_own_check() -> None:
+    def within_a_hundred(result: torch.Tensor, expected: torch.Tensor) -> None:
+        assert (result - expected).abs() <= 100
+
+    case = sum_case(
+        providers={
+            "lopa": torch.sum,
+            "peer": lambda x: x.sum() + 100,
+            "wrong": lambda x: x.sum() + 100,
+        },
+        reference=None,
+        oracle=torch.sum,
+        checks={"peer": within_a_hundred},
+        unchecked=(),
+    )
+    verdicts = [m.check.partition(":")[0] for m in runner.check_providers(case, case.make(1)[0])]
+    assert verdicts == ["ok", "ok", "FAILED"]
+
+
+def test_a_peer_that_is_missing_or_wrong_costs_nobody_else_the_speed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(x: torch.Tensor) -> torch.Tensor:
+        raise ImportError("no module | of that name\nand more")
+
+    providers = {"lopa": torch.sum, "peer": torch.sum, "library": missing}
+    case = sum_case(providers=providers, unchecked=(), optional=("library",))
+    status, written = run([case], tmp_path)
+    assert status == 0
+    rows = {row["provider"]: row for row in written["cases"][0]["measurements"]}
+    assert rows["lopa"]["ratio_to_best_peer"] > 0
+    assert rows["library"]["microseconds"] is None
+    assert rows["library"]["check"] == "absent: ImportError: no module / of that name and more"
+    assert "FAILED" not in capsys.readouterr().out
+
+    providers["library"] = torch.mean
+    case = sum_case(providers=providers, unchecked=(), optional=("library",))
+    status, written = run([case], tmp_path)
+    assert status == 1
+    rows = {row["provider"]: row for row in written["cases"][0]["measurements"]}
+    assert rows["lopa"]["ratio_to_best_peer"] > 0
+    assert rows["library"]["microseconds"] is None
+    assert rows["library"]["check"] == "wrong: AssertionError: sums differ"
+
+
 def test_inputs_rotate_and_exceed_the_cache() -> None:
     settings = runner.Settings(cache_bytes=100_000)
     assert len(runner.rotation(sum_case(), settings)) == 26
@@ -217,25 +230,34 @@ def test_select() -> None:
         (["--op", "nothing"], "no case has op"),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--device", "cuda"], "--device cuda: PyTorch finds no CUDA device"),
     ],
 )
 def test_bad_arguments(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as exit_:
         main(arguments, [sum_case()])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_every_case_names_its_reference_and_is_told_apart() -> None:
-    cases = all_cases()
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_case_names_its_reference_and_is_told_apart(device: str) -> None:
+    """A GPU's cases are made where there is none: their tensors come later."""
+    cases = all_cases(device)
     assert len({(case.op, case.name) for case in cases}) == len(cases)
     for case in cases:
-        assert case.reference in case.providers
-        assert set(case.unchecked) < set(case.providers)
+        assert case.device == device
+        assert case.oracle is not None or case.reference in case.providers
+        for named in (case.unchecked, case.optional, case.eager, case.checks):
+            assert set(named) < set(case.providers)
         assert "lopa" in case.providers
-        assert case.bytes > 0
+        assert case.bytes > 0 or case.host
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 64), (2, 3, 64), (1, 5, 96)])
@@ -260,3 +282,108 @@ def test_lopa_step_case_with_a_small_vocabulary() -> None:
         for ours in (step.one_call(*inputs), step.two_calls(*inputs)):
             step.check(ours, expected)
             assert ours.status.count_nonzero() == 0
+
+
+class Sampler:
+    """FlashInfer's functions in PyTorch, by their documentation."""
+
+    @staticmethod
+    def softmax(logits: torch.Tensor) -> torch.Tensor:
+        return logits.float().softmax(-1)
+
+    @staticmethod
+    def sampling_from_probs(
+        probs: torch.Tensor, *, seed: torch.Tensor, offset: torch.Tensor
+    ) -> torch.Tensor:
+        assert seed.shape == offset.shape == (1,)
+        return torch.multinomial(probs, 1)[:, 0].int()
+
+    @staticmethod
+    def sampling_from_logits(logits: torch.Tensor, **key: torch.Tensor) -> torch.Tensor:
+        return Sampler.sampling_from_probs(Sampler.softmax(logits), **key)
+
+    @staticmethod
+    def top_k_top_p_sampling_from_logits(
+        logits: torch.Tensor,
+        top_k: int,
+        top_p: float,
+        *,
+        filter_apply_order: str,
+        **key: torch.Tensor,
+    ) -> torch.Tensor:
+        assert logits.dtype == torch.float32
+        if filter_apply_order == "top_k_first":
+            least = logits.topk(top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        left = confidence.filtered(logits, 1.0, top_k, top_p)
+        return Sampler.sampling_from_logits(left, **key)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 9, "top_p": 0.9}]
+)
+@pytest.mark.parametrize("metric", ["neg_entropy", "margin"])
+def test_a_gpu_s_peers_do_the_same_job(
+    options: dict[str, Any], metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "has_flashinfer", lambda: True)
+    monkeypatch.setattr(peers, "_sampling", lambda: Sampler)
+    monkeypatch.setattr(peers, "compiled", lambda function: function)
+    torch.manual_seed(0)
+    case = confidence.case(32, 2048, torch.bfloat16, metric, gpu_peers=True, **options)
+    verdicts = verdicts_of(case)
+    assert set(verdicts.values()) <= {"ok", "reference", "unchecked"}
+    assert any("FlashInfer" in name for name in verdicts) == (metric != "margin" or bool(options))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda token, prob, score: (token * 0, None, None), "deviations|filters take out"),
+        (lambda token, prob, score: (token - 5000, prob, score), "outside the vocabulary"),
+        (lambda token, prob, score: (token, prob * 1.01, score), "not close"),
+        (lambda token, prob, score: (token, prob, score - 0.01), "not close"),
+    ],
+)
+@pytest.mark.parametrize("filters", [{}, {"top_k": 50, "top_p": 0.9}])
+def test_wrong_draws_are_seen(wrong: Any, message: str, filters: dict[str, Any]) -> None:
+    case = confidence.case(64, 4000, torch.float32, "neg_entropy", temperature=1.0, **filters)
+    inputs = case.make(1)[0]
+    assert case.oracle is not None
+    expected = case.oracle(*inputs)
+    result = case.providers["lopa"](*inputs)
+    case.checks["lopa"](result, expected)
+    with pytest.raises(AssertionError, match=message):
+        case.checks["lopa"](wrong(*result), expected)
+    most_likely = expected[0].argmax(-1)
+    with pytest.raises(AssertionError, match="miss the distribution"):
+        case.checks["lopa"]((most_likely, None, None), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_peers_of_the_cache_s_gpu_cases(batch: int) -> None:
+    shape = kv_cache.Shape(2, 4, 16, 8, 20, 4, 2, 8, S=64, B=batch)
+    case = kv_cache.commit_case("small", shape, torch.bfloat16, "cpu")
+    assert set(verdicts_of(case).values()) == {"ok", "reference"}
+    inputs = case.make(1)[0]
+    kv_cache.copy_kernel(shape, *inputs)
+    moved = 2 * 2 * batch * 8 * 2 * 8
+    assert torch.equal(inputs[0].flatten()[:moved], -inputs[2].flatten()[:moved])
+    assert case.bytes == 2 * moved * 2
+    case = kv_cache.prewrite_case("small", shape, torch.bfloat16, "cpu")
+    assert set(verdicts_of(case).values()) == {"ok", "reference"}
+    inputs = case.make(1)[0]
+    result, expected = (case.providers[name](*inputs) for name in ("lopa", "eager"))
+    kv_cache.check_rotated(result, expected)
+    with pytest.raises(AssertionError):
+        kv_cache.check_rotated((result[0] * 1.1, *result[1:]), expected)
+
+
+def test_the_host_s_case_and_the_oracles_on_the_cpu() -> None:
+    assert set(verdicts_of(step.host_case("cpu")).values()) == {"ok"}
+    case = step.branch_step_case(step.Shape(2, 3, 64), "cpu")
+    inputs = case.make(1)[0]
+    result, expected = step.functional(*inputs), step.reference_on_cpu(*inputs)
+    step.check_closely(result, expected)
+    with pytest.raises(AssertionError):
+        step.check_closely(result._replace(confidence=result.confidence + 1e-3), expected)

@@ -9,10 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from cases import VOCABULARIES, close, integer, random_logits
+from cases import (
+    VOCABULARIES,
+    VOCABULARY_OPTIONS,
+    close,
+    integer,
+    moved,
+    random_logits,
+    run_on,
+    skip_where_slow,
+)
+from targets import KERNELS, TARGETS, Target, cpu, over
 
 from lopa_kernels.ops.confidence import (
     METRICS,
@@ -85,15 +94,15 @@ HAND_OPTIONS = [
 
 @pytest.mark.parametrize("options", HAND_OPTIONS)
 @pytest.mark.parametrize("row", HAND_ROWS)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_formulas(row: list[float], options: dict, backend: str) -> None:
+@over(TARGETS)
+def test_formulas(row: list[float], options: dict, target: Target) -> None:
     token, *floats = by_hand(row, **options)
     logits = torch.tensor([row])
     if options.get("temperature"):
         greedy = {**options, "seed": integer(0)}
-        actual = softmax_stats(logits, **greedy, backend=backend)
+        actual = run_on(target, softmax_stats, logits, **greedy)
     else:
-        actual = softmax_stats(logits, **options, backend=backend)
+        actual = run_on(target, softmax_stats, logits, **options)
         assert actual.token.item() == token
         assert actual.prob.item() == pytest.approx(floats[0], rel=1e-5)
     assert actual.margin.item() == pytest.approx(floats[1], rel=1e-5, abs=1e-7)
@@ -103,14 +112,16 @@ def test_formulas(row: list[float], options: dict, backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_shapes(vocab: int, dtype: torch.dtype) -> None:
+@over(KERNELS)
+def test_shapes(vocab: int, dtype: torch.dtype, target: Target) -> None:
+    skip_where_slow(target, vocab)
     logits = random_logits(3, vocab, dtype=dtype, seed=vocab)
-    check_stats(softmax_stats(logits), logits)
+    stats = run_on(target, softmax_stats, logits)
+    check_stats(stats, logits)
     options = {"temperature": 0.8, "seed": integer(-5), "step": integer(2**40 + 7)}
-    check_stats(softmax_stats(logits, **options), logits, **options)
+    check_stats(run_on(target, softmax_stats, logits, **options), logits, **options)
     for metric, column in zip(METRICS, (1, 2, 3), strict=True):
-        stats = softmax_stats(logits)
-        result = token_confidence(logits, metric=metric)
+        result = run_on(target, token_confidence, logits, metric=metric)
         assert torch.equal(result.token, stats.token)
         close(result.prob, stats.prob)
         close(result.score, stats[column], 1e-5)
@@ -133,45 +144,49 @@ FILTERS = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", FILTERS)
-def test_filters(options: dict, dtype: torch.dtype) -> None:
-    for vocab, seed in ((17, 1), (1000, 2), (50257, 3)):
-        logits = random_logits(3, vocab, dtype=dtype, seed=seed)
-        check_stats(softmax_stats(logits, **options), logits, **options)
-        sampled = {**options, "temperature": 1.3, "seed": integer(11)}
-        check_stats(softmax_stats(logits, **sampled), logits, **sampled)
+@pytest.mark.parametrize(("vocab", "seed"), [(17, 1), (1000, 2), (4099, 4), (50257, 3)])
+@over(KERNELS)
+def test_filters(options: dict, dtype: torch.dtype, vocab: int, seed: int, target: Target) -> None:
+    skip_where_slow(target, vocab)
+    logits = random_logits(3, vocab, dtype=dtype, seed=seed)
+    check_stats(run_on(target, softmax_stats, logits, **options), logits, **options)
+    sampled = {**options, "temperature": 1.3, "seed": integer(11)}
+    check_stats(run_on(target, softmax_stats, logits, **sampled), logits, **sampled)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@over(TARGETS)
 @pytest.mark.parametrize(("top_p", "kept"), [(0.5, 5), (0.49, 4), (0.125, 2), (0.124, 1), (1, 8)])
 def test_top_p_keeps_a_token_with_at_most_that_mass_before_it(
-    top_p: float, kept: int, backend: str
+    top_p: float, kept: int, target: Target
 ) -> None:
-    stats = softmax_stats(torch.full((1, 8), 3.0), top_p=top_p, backend=backend)
+    stats = run_on(target, softmax_stats, torch.full((1, 8), 3.0), top_p=top_p)
     assert stats.prob.item() == pytest.approx(1 / kept, rel=1e-6)
     assert stats.neg_entropy.item() == pytest.approx(-math.log(kept), abs=1e-6)
     assert stats.margin.item() == (1.0 if kept == 1 else 0.0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@over(TARGETS)
 @pytest.mark.parametrize("vocab", [9, 100, 40000])
-def test_ties_at_a_filter_boundary_go_to_the_lowest_index(vocab: int, backend: str) -> None:
-    logits = torch.zeros(400, vocab)
+def test_ties_at_a_filter_boundary_go_to_the_lowest_index(vocab: int, target: Target) -> None:
+    skip_where_slow(target, vocab)
+    logits = torch.zeros(50 if target.backend == "reference" or target.interpreted else 400, vocab)
     logits[:, vocab // 2] = 1.0
-    options = {"temperature": 1e6, "seed": integer(3), "backend": backend}
-    tokens = token_confidence(logits[:50] if backend == "reference" else logits, top_k=4, **options)
+    options = {"temperature": 1e6, "seed": integer(3)}
+    tokens = run_on(target, token_confidence, logits, top_k=4, **options)
     assert set(tokens.token.tolist()) == {0, 1, 2, vocab // 2}
     close(tokens.prob, torch.full_like(tokens.prob, 0.25), 1e-5)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ties_everywhere(dtype: torch.dtype, metric: str) -> None:
+@over(KERNELS)
+def test_ties_everywhere(dtype: torch.dtype, metric: str, target: Target) -> None:
     generator = torch.Generator().manual_seed(5)
-    for vocab in (2, 33, 130, 20000):
+    for vocab in (2, 33, 130, 5000 if target.interpreted else 20000):
         logits = torch.randint(-2, 3, (6, vocab), generator=generator).to(dtype)
         logits[1] = 0.0
         logits[2, ::2] = -0.0
-        result = token_confidence(logits, metric=metric)
+        result = run_on(target, token_confidence, logits, metric=metric)
         token, prob, score = reference.token_confidence(logits, metric=metric, dtype=torch.float64)
         assert torch.equal(result.token, token)
         close(result.prob, prob)
@@ -206,7 +221,8 @@ def hostile_rows(vocab: int, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 2, 16, 17, 100, 9000])
-def test_hostile_values(vocab: int, dtype: torch.dtype) -> None:
+@over(KERNELS)
+def test_hostile_values(vocab: int, dtype: torch.dtype, target: Target) -> None:
     logits = hostile_rows(vocab, dtype)
     sampling = {"temperature": 0.9, "seed": integer(1)}
     for options in (
@@ -216,12 +232,12 @@ def test_hostile_values(vocab: int, dtype: torch.dtype) -> None:
         {"top_p": 0.8151234567},
         {**sampling, "top_p": 0.8151234567},
     ):
-        stats = softmax_stats(logits, **options)
+        stats = run_on(target, softmax_stats, logits, **options)
         check_stats(stats, logits, **options)
         assert bool(((stats.token >= 0) & (stats.token < vocab)).all())
         assert not any(value.isnan().any() for value in stats[1:])
     for metric in METRICS:
-        result = token_confidence(logits, metric=metric)
+        result = run_on(target, token_confidence, logits, metric=metric)
         for row in (0, 1, 12, 13):
             assert [t[row].item() for t in result] == [0, 0.0, -INF]
 
@@ -244,17 +260,19 @@ def orderings(vocab: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", orderings(100))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_any_order_of_the_values(name: str, dtype: torch.dtype) -> None:
-    logits = orderings(152064)[name].to(dtype)
+@over(KERNELS)
+def test_any_order_of_the_values(name: str, dtype: torch.dtype, target: Target) -> None:
+    logits = orderings(9001 if target.interpreted else 152064)[name].to(dtype)
     for options in ({}, {"temperature": 0.3, "seed": integer(2)}):
-        check_stats(softmax_stats(logits, **options), logits, **options)
+        check_stats(run_on(target, softmax_stats, logits, **options), logits, **options)
 
 
-def test_extreme_temperatures() -> None:
+@over(KERNELS)
+def test_extreme_temperatures(target: Target) -> None:
     logits = random_logits(4, 300)
     for temperature in (1e-40, 1e-6, 1e6, 1e30):
         options = {"temperature": temperature, "seed": integer(4)}
-        stats = softmax_stats(logits, **options)
+        stats = run_on(target, softmax_stats, logits, **options)
         token, prob, _, neg_entropy, _ = reference.statistics(
             logits, dtype=torch.float64, **options
         )
@@ -279,33 +297,38 @@ def strided_views() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("case", range(len(strided_views())))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strides(case: int, dtype: torch.dtype) -> None:
-    view = strided_views()[case]
-    logits = torch.empty_strided(view.size(), view.stride(), dtype=dtype)
-    logits = logits.copy_(view) if 0 not in view.stride() else view.to(dtype)
-    check_stats(softmax_stats(logits), logits)
+@over(KERNELS)
+def test_strides(case: int, dtype: torch.dtype, target: Target) -> None:
+    logits = moved(strided_views()[case], "cpu", dtype)
+    check_stats(run_on(target, softmax_stats, logits), logits)
     options = {"temperature": 1.0, "seed": integer(8), "step": integer(3)}
-    sampled = token_confidence(logits, **options)
-    assert torch.equal(sampled.token, token_confidence(logits.contiguous(), **options).token)
+    sampled = run_on(target, token_confidence, logits, **options)
+    assert torch.equal(
+        sampled.token, run_on(target, token_confidence, logits.contiguous(), **options).token
+    )
 
 
-def test_no_rows() -> None:
+@over(KERNELS)
+def test_no_rows(target: Target) -> None:
     for shape in ((0, 10), (3, 0, 10)):
-        result = token_confidence(torch.empty(shape))
+        result = run_on(target, token_confidence, torch.empty(shape))
         assert all(tensor.shape == shape[:-1] for tensor in result)
-    nothing = token_confidence(torch.randn(4, 9), rows=torch.empty(0, 3, dtype=torch.int32))
-    assert nothing.prob.shape == (0, 3)
-    missing = token_confidence(torch.empty(0, 9), rows=torch.tensor([-1], dtype=torch.int32))
-    assert missing.score.tolist() == [-INF]
+    none = torch.empty(0, 3, dtype=torch.int32)
+    assert run_on(target, token_confidence, torch.randn(4, 9), rows=none).prob.shape == (0, 3)
+    for options in ({}, {"temperature": 1.0, "seed": integer(1)}, {"top_k": 2}):
+        rows = torch.tensor([-1], dtype=torch.int32)
+        missing = run_on(target, token_confidence, torch.empty(0, 9), rows=rows, **options)
+        assert [tensor.tolist() for tensor in missing] == [[0], [0.0], [-INF]]
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": integer(2), "top_k": 20}])
-def test_rows_map(options: dict) -> None:
+@over(KERNELS)
+def test_rows_map(options: dict, target: Target) -> None:
     logits = random_logits(2, 5, 3000)
     rows = torch.tensor([[0, 9, -1, 4], [4, 4, 0, -1], [7, 1, 2, 3]], dtype=torch.int32)
-    everything = softmax_stats(logits, **options)
+    everything = run_on(target, softmax_stats, logits, **options)
     for index in (rows, rows.t(), rows[:, ::2], rows[1, 2], rows[:1].expand(4, 4)):
-        picked = softmax_stats(logits, rows=index, **options)
+        picked = run_on(target, softmax_stats, logits, rows=index, **options)
         check_stats(picked, logits, rows=index, **options)
         live = index >= 0
         for part, whole, none in zip(picked, everything, (0, 0.0, 0.0, -INF, -INF), strict=True):
@@ -314,49 +337,110 @@ def test_rows_map(options: dict) -> None:
             assert bool((part[~live] == none).all())
 
 
-def test_out_form_writes_every_element_and_nothing_on_error() -> None:
-    logits = random_logits(4, 6, 100)
-    expected = token_confidence(logits, metric="margin")
-    buffers = (
-        torch.full((6, 4), -7).t(),
-        torch.full((4, 12), NAN)[:, ::2],
-        torch.full((4, 6), NAN),
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": integer(2)}, {"top_p": 0.5}])
+@over([target for target in KERNELS if target.backend != "cpu"])
+def test_rows_out_of_range_are_missing(options: dict, target: Target) -> None:
+    """Only values tell, which the host does not read: such an index names no row, like -1."""
+    logits = random_logits(7, 300)
+    rows = torch.tensor([3, 7, -2, 2**31 - 1, 6, -(2**31), 2**24], dtype=torch.int32)
+    wrong = run_on(target, softmax_stats, logits, rows=rows, **options)
+    rows = torch.where((rows >= 0) & (rows < 7), rows, -1)
+    right = run_on(target, softmax_stats, logits, rows=rows, **options)
+    assert all(torch.equal(a, b) for a, b in zip(wrong, right, strict=True))
+
+
+def poisoned_outputs(target: Target, *shape: int) -> tuple[torch.Tensor, TokenConfidence]:
+    """Outputs of three layouts, and the wider tensor that one of them is every second column of."""
+    wide = torch.full((*shape[:-1], 2 * shape[-1]), NAN, device=target.device)
+    token = torch.full(shape[::-1], -7, device=target.device).permute(
+        *range(len(shape) - 1, -1, -1)
     )
-    with pytest.raises(RuntimeError, match="top_k"):
-        torch.ops.lopa.token_confidence_out(
-            logits, top_k=0, token=buffers[0], prob=buffers[1], score=buffers[2]
-        )
-    rows = torch.arange(24, dtype=torch.int32).view(4, 6).clone()
-    rows[3, 5] = 24
-    with pytest.raises(RuntimeError, match=r"rows: .* R = 24, got 24 at flat index 23"):
-        token_confidence_out(logits, TokenConfidence(*buffers), rows=rows)
-    assert bool((buffers[0] == -7).all())
-    assert bool(buffers[1].isnan().all())
-    for backend in ("cpu", "reference"):
-        token_confidence_out(logits, TokenConfidence(*buffers), metric="margin", backend=backend)
-        assert torch.equal(buffers[0], expected.token)
-        close(buffers[1], expected.prob)
-        close(buffers[2], expected.score)
+    score = torch.full(shape, NAN, device=target.device)
+    return wide, TokenConfidence(token, wide[..., ::2], score)
 
 
-CONFIGURATIONS = [
-    {"metric": "neg_entropy"},
-    {"metric": "margin", "top_p": 0.9},
-    {"temperature": 1.0, "seed": integer(6), "top_k": 1000},
-    {"temperature": 0.3, "seed": integer(6)},
-]
+@pytest.mark.parametrize("vocab", [1, 100, 4100])
+@over(TARGETS)
+def test_out_form_writes_every_element(vocab: int, target: Target) -> None:
+    sampling = {"temperature": 0.7, "seed": integer(4)}
+    everything = random_logits(4, 6, vocab)
+    everything[1, 2] = NAN
+    everything[3, 5] = -INF
+    rows = torch.tensor([[5, -1, 0], [-1, -1, 23]], dtype=torch.int32)
+    for options in ({}, sampling, {"top_k": 3}, {**sampling, "top_p": 0.8}, {"rows": rows}):
+        shape = options.get("rows", everything[..., 0]).shape
+        expected = token_confidence(everything, metric="margin", **options)
+        wide, out = poisoned_outputs(target, *shape)
+        arguments = target.to({"logits": everything, **options})
+        token_confidence_out(**arguments, out=out, metric="margin", backend=target.backend)
+        token, prob, score = cpu(out)
+        assert torch.equal(token, expected.token)
+        close(prob, expected.prob)
+        close(score, expected.score)
+        assert bool(wide[..., 1::2].isnan().all())
+
+
+@over([target for target in TARGETS if target.backend in ("reference", "cpu", "cuda")])
+def test_out_form_writes_nothing_on_error(target: Target) -> None:
+    logits = target.to(random_logits(4, 6, 100))
+    wide, out = poisoned_outputs(target, 4, 6)
+    if target.backend != "reference":
+        with pytest.raises(RuntimeError, match="top_k"):
+            torch.ops.lopa.token_confidence_out(logits, top_k=0, **out._asdict())
+    if not target.gpu:
+        rows = torch.arange(24, dtype=torch.int32).view(4, 6).clone()
+        rows[3, 5] = 24
+        with pytest.raises(RuntimeError, match=r"rows: .* R = 24, got 24 at flat index 23"):
+            token_confidence_out(logits, out, rows=rows, backend=target.backend)
+    assert bool((out.token == -7).all())
+    assert bool(wide.isnan().all())
+    assert bool(out.score.isnan().all())
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_threads_do_not_change_a_bit(rows: int, restore_threads: None) -> None:
     logits = random_logits(rows, 120001, dtype=torch.bfloat16)
-    for options in CONFIGURATIONS:
+    for options in VOCABULARY_OPTIONS:
         results = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
             results.append(token_confidence(logits, **options))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("options", VOCABULARY_OPTIONS)
+@over(KERNELS)
+def test_a_row_does_not_depend_on_its_neighbours(options: dict, target: Target) -> None:
+    """Alone, in a batch, in another place of it: the same bits."""
+    rows, vocab = (5, 4500) if target.interpreted else (300, 50257)
+    logits = target.to(random_logits(rows, vocab, dtype=torch.bfloat16))
+    options = {**target.to(options), "backend": target.backend}
+    everything = cpu(token_confidence(logits, **options))
+    generator = torch.Generator().manual_seed(1)
+    for count in (1, 2, 3, 64):
+        index = torch.randint(rows, (min(count, rows),), generator=generator, dtype=torch.int32)
+        part = cpu(token_confidence(logits, rows=target.to(index), **options))
+        for a, b in zip(part, everything, strict=True):
+            assert torch.equal(a, b[index.long()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", VOCABULARY_OPTIONS)
+@over(KERNELS)
+def test_a_row_does_not_depend_on_its_address(
+    options: dict, dtype: torch.dtype, target: Target
+) -> None:
+    """Views shifted element by element, rows of odd strides: the same bits."""
+    rows, vocab = (2, 2500) if target.interpreted else (3, 20011)
+    values = target.to(random_logits(rows, vocab, dtype=dtype))
+    options = {**target.to(options), "backend": target.backend}
+    expected = token_confidence(values, **options)
+    for shift in (1, 2) if target.interpreted else range(1, 9):
+        buffer = torch.full((rows, vocab + 2 * shift + 1), NAN, dtype=dtype, device=target.device)
+        view = buffer[:, shift : shift + vocab].copy_(values)
+        shifted = token_confidence(view, **options)
+        assert all(torch.equal(a, b) for a, b in zip(expected, shifted, strict=True))
 
 
 RUN_ISA = """
@@ -404,142 +488,6 @@ def test_every_instruction_set(tmp_path: Path) -> None:
     for isa in available[2:]:
         for ours, narrow in zip(results[isa], results["avx2"], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, narrow, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype: torch.dtype) -> None:
-    logits = random_logits(3, 4, 50, dtype=dtype)
-    strided = random_logits(4, 3, 60, dtype=dtype).transpose(0, 1)[..., 3:53]
-    rows = torch.tensor([[3, -1], [0, 11]], dtype=torch.int32)
-    sampling = {"temperature": 0.9, "seed": integer(3), "step": integer(4)}
-    for tensor in (logits, strided):
-        for options in ({}, {"rows": rows, **sampling}, {"rows": rows.t(), "top_k": 3}):
-            torch.library.opcheck(
-                torch.ops.lopa.token_confidence.default,
-                (tensor,),
-                {"metric": "margin", **options},
-            )
-            torch.library.opcheck(torch.ops.lopa.softmax_stats.default, (tensor,), options)
-        out = {
-            "token": torch.zeros(3, 4, dtype=torch.int64),
-            "prob": torch.zeros(4, 3).t(),
-            "score": torch.zeros(3, 4),
-        }
-        torch.library.opcheck(torch.ops.lopa.token_confidence_out.default, (tensor,), out)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_without_a_break(backend: str) -> None:
-    def step(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        result = token_confidence(x * 2, metric="neg_entropy", top_k=7)
-        prob = torch.empty_like(result.prob)
-        token_confidence_out(x, TokenConfidence(out, prob, torch.empty_like(prob)))
-        return result.score + prob
-
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
-    for shape in ((3, 40), (5, 40), (2, 90)):
-        x = random_logits(*shape)
-        ours, theirs = (torch.full(shape[:1], -1) for _ in range(2))
-        torch.testing.assert_close(compiled(x, ours), step(x, theirs))
-        assert torch.equal(ours, theirs)
-
-
-def test_export() -> None:
-    class Module(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(token_confidence(x, temperature=0.5, seed=integer(1)))
-
-    x = random_logits(3, 40)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(Module(), (x,), dynamic_shapes=({0: batch},))
-    y = random_logits(9, 40)
-    for ours, theirs in zip(program.module()(y), Module()(y), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_numpy_arrays() -> None:
-    logits = np.random.default_rng(0).standard_normal((3, 50)).astype(np.float32)
-    result = token_confidence(logits)
-    assert isinstance(result.token, np.ndarray)
-    assert (result.token == logits.argmax(-1)).all()
-
-
-X = torch.zeros(2, 8)
-BAD_INPUT = [
-    ({"logits": torch.zeros(2, 8, dtype=torch.int32)}, TypeError, "logits: expected dtype"),
-    ({"logits": torch.zeros(2, 8, dtype=torch.float64)}, TypeError, "logits: expected dtype"),
-    ({"logits": torch.zeros(())}, ValueError, r"logits: expected shape \[\.\.\., V\]"),
-    ({"logits": torch.zeros(3, 0)}, ValueError, r"logits: .* got \[3, 0\]"),
-    ({"logits": torch.zeros(8, 2).t()}, ValueError, "logits: expected unit stride"),
-    ({"metric": "entropy"}, ValueError, "metric: expected one of prob, margin, neg_entropy"),
-    ({"temperature": -0.5}, ValueError, r"temperature: .* got -0\.5"),
-    ({"temperature": INF}, ValueError, "temperature: .* got inf"),
-    ({"temperature": NAN}, ValueError, "temperature: .* got nan"),
-    ({"temperature": 1.0}, ValueError, "seed: .* got None"),
-    ({"top_k": 0}, ValueError, "top_k: expected at least 1, got 0"),
-    ({"top_p": 0.0}, ValueError, r"top_p: .* got 0\.0"),
-    ({"top_p": 1.5}, ValueError, r"top_p: .* got 1\.5"),
-    ({"seed": 3}, TypeError, "seed: expected an int64 tensor, got int"),
-    ({"seed": torch.zeros(1)}, TypeError, "seed: expected dtype torch.int64"),
-    ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "seed: expected one element"),
-    ({"step": torch.zeros(1, dtype=torch.int32)}, TypeError, "step: expected dtype"),
-    ({"rows": torch.zeros(2, dtype=torch.int64)}, TypeError, "rows: expected dtype torch.int32"),
-    ({"rows": torch.zeros(1, dtype=torch.int32, device="meta")}, ValueError, "rows: expected a"),
-    ({"backend": "tpu"}, ValueError, "backend: expected one of"),
-]
-
-
-@pytest.mark.parametrize(("options", "error", "match"), BAD_INPUT)
-def test_bad_input(options: dict, error: type[Exception], match: str) -> None:
-    arguments = {"logits": X, **options}
-    with pytest.raises(error, match=match):
-        token_confidence(**arguments)
-    if "metric" not in options:
-        with pytest.raises(error, match=match):
-            softmax_stats(**arguments)
-
-
-NATIVE_BAD_INPUT = [
-    ({"metric": "entropy"}, "metric: expected one of"),
-    ({"temperature": NAN}, "temperature: expected a finite number"),
-    ({"temperature": 1.0}, "seed: expected an int64 tensor"),
-    ({"top_k": -1}, "top_k: expected at least 1, got -1"),
-    ({"top_p": NAN}, "top_p: expected"),
-    ({"step": torch.zeros(2, dtype=torch.int64)}, "step: expected one element"),
-    ({"seed": torch.zeros(1)}, "seed: expected dtype Long, got Float"),
-    ({"rows": torch.zeros(2)}, "rows: expected dtype Int, got Float"),
-    ({"rows": torch.tensor([1, -2], dtype=torch.int32)}, "rows: .* got -2 at flat index 1"),
-    ({"logits": torch.zeros(3, 8, dtype=torch.float64)}, "logits: expected dtype BFloat16"),
-    ({"logits": torch.zeros(8, 2).t()}, "logits: expected unit stride"),
-    (
-        {"logits": torch.zeros((1, 2) * 9 + (8,)).expand((3, 2) * 9 + (8,))},
-        "logits: expected at most 8 leading",
-    ),
-]
-
-
-@pytest.mark.parametrize(("options", "match"), NATIVE_BAD_INPUT)
-def test_bad_input_past_the_python_checks(options: dict, match: str) -> None:
-    with pytest.raises(RuntimeError, match=f"token_confidence: {match}"):
-        torch.ops.lopa.token_confidence(**{"logits": X, **options})
-
-
-@pytest.mark.parametrize(
-    ("position", "buffer", "error", "match"),
-    [
-        (0, torch.zeros(2, dtype=torch.int32), TypeError, "token: expected dtype"),
-        (1, torch.zeros(3), ValueError, r"prob: expected shape \[2\], got \[3\]"),
-        (2, torch.zeros(2, device="meta"), ValueError, "score: expected a tensor on cpu"),
-    ],
-)
-def test_bad_outputs(
-    position: int, buffer: torch.Tensor, error: type[Exception], match: str
-) -> None:
-    out = [torch.zeros(2, dtype=torch.int64), torch.zeros(2), torch.zeros(2)]
-    out[position] = buffer
-    with pytest.raises(error, match=match):
-        token_confidence_out(X, TokenConfidence(*out))
 
 
 MEASURE_MEMORY = """

@@ -76,6 +76,41 @@ struct SequenceOutput {
   int32_t* status;
 };
 
+// Scores of branches and where their confidence goes. `branches` and `length` may be null.
+struct ConfidenceView {
+  int64_t B, K, W;
+  const float* score;
+  const bool* open;
+  const float* creation;
+  const int32_t *branches, *length;
+  float* confidence;
+};
+
+// One window a sequence, its statistics, and where the selection goes.
+struct SelectView {
+  int64_t B, W, lookahead;
+  const int64_t* tokens;
+  ColumnStats stats;
+  const int32_t *length, *cache_len, *prompt_len;
+  bool* fill;
+  int32_t *columns, *filled;
+};
+
+// Anchors, the columns that make lookahead branches of them, and where the branches go.
+struct SpawnView {
+  int64_t B, K, W;
+  const int64_t* tokens;
+  const bool* eos;
+  const int64_t* token;
+  const float* score;
+  const int32_t* columns;
+  int64_t eos_id;
+  int64_t* out_tokens;
+  float* out_creation;
+  bool* out_eos;
+  int32_t* out_branches;
+};
+
 // The least n with n / block_size >= share: double division is IEEE-exact, so that every backend,
 // and the published code's Python floats, agree on the boundary.
 inline int64_t least_count(double share, int64_t block_size) {

@@ -48,36 +48,14 @@ class Output {
   StridedElements elements_;
 };
 
-Tensor empty_of_shape(const std::vector<int64_t>& shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size());
-  int64_t stride = 1;
-  for (size_t d = shape.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(shape[d], 1);
-  }
-  int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()),
-                                                         shape.data(), strides.data(), shim_dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 // The rows to evaluate, in the order of the outputs.
 class RowMap {
  public:
-  RowMap(const char* op, const LogitsView& view, const Tensor& logits, const OptTensor& rows) {
-    if (!rows.has_value()) {
-      auto sizes = logits.sizes();
-      shape_.assign(sizes.begin(), sizes.end() - 1);
-      count_ = view.rows;
-      return;
-    }
-    check_cpu(op, "rows", *rows);
-    check_dtype(op, "rows", *rows, ScalarType::Int);
+  RowMap(const char* op, const LogitsView& view, const Tensor& logits, const OptTensor& rows)
+      : shape_(output_shape(op, logits, rows, kCpu)), count_(view.rows) {
+    if (!rows.has_value()) return;
     elements_.emplace(*rows);
     indices_ = data<int32_t>(*rows);
-    shape_ = elements_->sizes;
     count_ = rows->numel();
     for (int64_t i = 0; i < count_; ++i) {
       int64_t row = at(i);
@@ -94,7 +72,7 @@ class RowMap {
 
  private:
   std::vector<int64_t> shape_;
-  int64_t count_ = 0;
+  int64_t count_;
   std::optional<StridedElements> elements_;
   const int32_t* indices_ = nullptr;
 };
@@ -135,22 +113,11 @@ std::tuple<Tensor, Tensor, Tensor> token_confidence(const Tensor& logits, const 
   ConfidenceConfig config =
       make_confidence_config(op, metric, temperature, top_k, top_p, seed, step);
   RowMap map(op, view, logits, rows);
-  Tensor token = empty_of_shape(map.shape(), ScalarType::Long);
-  Tensor prob = empty_of_shape(map.shape(), ScalarType::Float);
-  Tensor score = empty_of_shape(map.shape(), ScalarType::Float);
+  Tensor token = empty_output(map.shape(), ScalarType::Long, kCpu);
+  Tensor prob = empty_output(map.shape(), ScalarType::Float, kCpu);
+  Tensor score = empty_output(map.shape(), ScalarType::Float, kCpu);
   run_token_confidence(view, config, map, token, prob, score);
   return {token, prob, score};
-}
-
-void check_output(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
-                  const std::vector<int64_t>& shape) {
-  check_cpu(op, argument, tensor);
-  check_dtype(op, argument, tensor, dtype);
-  auto sizes = tensor.sizes();
-  if (!std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) {
-    fail(op, argument, "shape " + shape_string(shape.data(), shape.size()),
-         "shape " + shape_string(tensor));
-  }
 }
 
 void token_confidence_out(const Tensor& logits, const OptTensor& rows, const OptTensor& seed,
@@ -163,9 +130,9 @@ void token_confidence_out(const Tensor& logits, const OptTensor& rows, const Opt
   ConfidenceConfig config =
       make_confidence_config(op, metric, temperature, top_k, top_p, seed, step);
   RowMap map(op, view, logits, rows);
-  check_output(op, "token", token, ScalarType::Long, map.shape());
-  check_output(op, "prob", prob, ScalarType::Float, map.shape());
-  check_output(op, "score", score, ScalarType::Float, map.shape());
+  check_output(op, "token", token, ScalarType::Long, map.shape(), kCpu);
+  check_output(op, "prob", prob, ScalarType::Float, map.shape(), kCpu);
+  check_output(op, "score", score, ScalarType::Float, map.shape(), kCpu);
   run_token_confidence(view, config, map, token, prob, score);
 }
 
@@ -177,9 +144,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_stats(
   ConfidenceConfig config =
       make_confidence_config(op, "prob", temperature, top_k, top_p, seed, step);
   RowMap map(op, view, logits, rows);
-  Tensor token = empty_of_shape(map.shape(), ScalarType::Long);
+  Tensor token = empty_output(map.shape(), ScalarType::Long, kCpu);
   Tensor floats[4];
-  for (Tensor& tensor : floats) tensor = empty_of_shape(map.shape(), ScalarType::Float);
+  for (Tensor& tensor : floats) tensor = empty_output(map.shape(), ScalarType::Float, kCpu);
   Output<int64_t> tokens(token);
   Output<float> prob(floats[0]), margin(floats[1]), neg_entropy(floats[2]), lse(floats[3]);
   evaluate(view, config, map, true, [&](int64_t i, const RowStats& stats) {
@@ -192,81 +159,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_stats(
   return {token, floats[0], floats[1], floats[2], floats[3]};
 }
 
-uint64_t read_integer(const char* op, const char* argument, const Tensor& tensor) {
-  check_cpu(op, argument, tensor);
-  check_dtype(op, argument, tensor, ScalarType::Long);
-  if (tensor.numel() != 1) fail(op, argument, "one element", "shape " + shape_string(tensor));
-  return static_cast<uint64_t>(*data<int64_t>(tensor));
-}
-
 }  // namespace
-
-Metric parse_metric(const char* op, const std::string& metric) {
-  if (metric == "prob") return Metric::kProb;
-  if (metric == "margin") return Metric::kMargin;
-  if (metric == "neg_entropy") return Metric::kNegEntropy;
-  fail(op, "metric", "one of prob, margin, neg_entropy", metric);
-}
-
-LogitsView make_logits_view(const char* op, const Tensor& logits) {
-  check_cpu(op, "logits", logits);
-  check_floating(op, "logits", logits);
-  auto sizes = logits.sizes();
-  auto strides = logits.strides();
-  size_t leading = sizes.size();
-  if (leading-- == 0 || sizes[leading] < 1) {
-    fail(op, "logits", "shape [..., V] with V >= 1", "shape " + shape_string(logits));
-  }
-  if (sizes[leading] > 1 && strides[leading] != 1) {
-    fail(op, "logits", "unit stride in the last dimension",
-         "stride " + std::to_string(strides[leading]));
-  }
-  LogitsView view{};
-  view.data = logits.data_ptr();
-  view.dtype = float_type(logits.scalar_type());
-  view.vocab = sizes[leading];
-  view.rows = 1;
-  for (size_t d = 0; d < leading; ++d) {
-    view.rows *= sizes[d];
-    if (sizes[d] == 1) continue;
-    int32_t last = view.ndim - 1;
-    if (last >= 0 && view.strides[last] == sizes[d] * strides[d]) {
-      view.sizes[last] *= sizes[d];
-      view.strides[last] = strides[d];
-      continue;
-    }
-    if (view.ndim == kMaxLeadingDims) {
-      fail(op, "logits", "at most 8 leading dimensions that do not merge",
-           "shape " + shape_string(logits));
-    }
-    view.sizes[view.ndim] = sizes[d];
-    view.strides[view.ndim++] = strides[d];
-  }
-  return view;
-}
 
 ConfidenceConfig make_confidence_config(const char* op, const std::string& metric,
                                         double temperature, std::optional<int64_t> top_k,
                                         std::optional<double> top_p, const OptTensor& seed,
                                         const OptTensor& step) {
-  ConfidenceConfig config{};
-  config.metric = parse_metric(op, metric);
-  if (!(temperature >= 0) || !std::isfinite(temperature)) {
-    fail(op, "temperature", "a finite number >= 0", temperature);
-  }
-  if (top_k.has_value() && *top_k < 1) fail(op, "top_k", "at least 1", *top_k);
-  if (top_p.has_value() && !(*top_p > 0 && *top_p <= 1)) {
-    fail(op, "top_p", "a number in (0, 1]", *top_p);
-  }
-  config.temperature = temperature;
-  config.top_k = top_k.value_or(0);
-  config.top_p = top_p.value_or(1.0);
-  if (temperature > 0 && !seed.has_value()) {
-    fail(op, "seed", "an int64 tensor, since temperature > 0", "None");
-  }
-  if (seed.has_value()) config.seed = read_integer(op, "seed", *seed);
-  if (step.has_value()) config.step = read_integer(op, "step", *step);
-  return config;
+  Sampling sampling = check_sampling(op, metric, temperature, top_k, top_p, seed, step, kCpu);
+  if (sampling.seed != nullptr) sampling.config.seed = static_cast<uint64_t>(*sampling.seed);
+  if (sampling.step != nullptr) sampling.config.step = static_cast<uint64_t>(*sampling.step);
+  return sampling.config;
 }
 
 }  // namespace lopa

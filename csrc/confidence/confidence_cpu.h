@@ -5,18 +5,13 @@
 #include <optional>
 #include <string>
 
+#include "confidence/confidence_args.h"
 #include "confidence/params.h"
 #include "lopa/tensor.h"
 
 namespace lopa {
 
-// "prob", "margin" or "neg_entropy".
-Metric parse_metric(const char* op, const std::string& metric);
-
-// Checks device, dtype and the stride of the vocabulary; never copies.
-LogitsView make_logits_view(const char* op, const Tensor& logits);
-
-// Checks the ranges, and that `seed` is there when `temperature` > 0; reads seed and step.
+// check_sampling on the CPU, with the values of seed and step.
 ConfidenceConfig make_confidence_config(const char* op, const std::string& metric,
                                         double temperature, std::optional<int64_t> top_k,
                                         std::optional<double> top_p, const OptTensor& seed,

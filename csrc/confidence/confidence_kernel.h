@@ -12,6 +12,8 @@ namespace confidence {
 
 // A tile is what one call works on.
 constexpr int64_t kTileBytes = 16384;
+// Vocabulary indices of a tile of the two-stage draw.
+constexpr int64_t kDrawTile = 2048;
 // How many maxima over interleaved parts of a tile `lane_maxima` gives.
 constexpr int64_t kLanes = 64;
 constexpr int64_t kHistogramBits = 11;
@@ -46,6 +48,7 @@ struct AboveArgs {
 struct AboveSums {
   double sum;
   double weighted;
+  int64_t equal;  // how many values equal the threshold
 };
 
 // One level of a radix selection over the order-preserving integer key of a float: the values whose
@@ -76,10 +79,11 @@ struct DrawArgs {
   uint32_t counter[3];  // words 1..3 of the Philox counter; word 0 is the index >> 2
 };
 
-// The best candidate so far: score = (x - max) / temperature + Gumbel number.
+// The best candidate so far: the smallest `race`. With E = exponential(random word), the Gumbel
+// number is -log(E), and the largest log(weight) + Gumbel number is the smallest E / weight.
 struct Draw {
-  double score;
-  double distance;  // (x - max) / temperature
+  double race;
+  double distance;  // log(weight) = (x - max) / temperature
   int64_t index;
 };
 
@@ -92,7 +96,7 @@ struct Kernels {
   void (*lane_maxima)(const void* x, int64_t n, float maxima[kLanes]);
   void (*sum_above)(const void* x, int64_t n, const AboveArgs& args, AboveSums* sums);
   void (*histogram)(const void* x, int64_t n, const HistogramArgs& args, Histogram* histogram);
-  // Replaces `best` where a kept value scores higher; `base` is a multiple of 64.
+  // Replaces `best` where a kept value beats it; `base` is a multiple of 64.
   void (*draw)(const void* x, int64_t n, int64_t base, const DrawArgs& args, Draw* best);
 };
 
@@ -101,10 +105,10 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 
-// The Gumbel number of a 32-bit random integer, exact in both tails.
-double gumbel(uint32_t bits);
-// Output lane `index & 3` of Philox4x32-10 at counter (index >> 2, counter...).
-uint32_t philox(int64_t index, const uint32_t counter[3], const uint32_t key[2]);
+// The exponentially distributed number of a 32-bit random word, exact in both tails.
+double exponential(uint32_t word);
+// The four words of Philox4x32-10 at counter (first, counter...).
+void philox(uint32_t first, const uint32_t counter[3], const uint32_t key[2], uint32_t words[4]);
 
 }  // namespace confidence
 }  // namespace lopa

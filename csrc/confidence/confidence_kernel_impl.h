@@ -18,8 +18,6 @@ constexpr float kInfinity = __builtin_inff();
 // Weights below 2^-125 are rounded up to it: a normal number, and negligible beside the 1 of the
 // maximum whatever the vocabulary.
 constexpr float kSmallestExponent = -125.0f;
-// The largest Gumbel number, of the random integer 0, is -log(-log1p(-2^-33)) = 22.87.
-constexpr double kLargestGumbel = 23.0;
 constexpr int64_t kBlock = 64;
 // How far (in powers of two) a value may pass the guessed maximum of its tile: far from overflow,
 // and so little that the larger terms cost the smaller ones no accuracy that matters.
@@ -313,17 +311,22 @@ void sum_above(const void* data, int64_t n, const AboveArgs& args, AboveSums* su
   const F16 maximum = splat(args.max), scale = splat(args.scale), threshold = splat(args.threshold);
   F16 sum[4], weighted[4];
   for (int i = 0; i < 4; ++i) sum[i] = weighted[i] = splat(0.0f);
-  for_blocks(static_cast<const T*>(data), n, [&](const T* p, int64_t) {
+  sums->equal = 0;
+  for_blocks(static_cast<const T*>(data), n, [&](const T* p, int64_t i) {
     OrderedBlock<T> block(p);
-    Mask above[4];
-    for (int j = 0; j < 4; ++j) above[j] = greater(block.v[j], threshold);
-    if (!any(either(either(above[0], above[1]), either(above[2], above[3])))) return;
+    Mask reaching[4];
+    for (int j = 0; j < 4; ++j) reaching[j] = less_equal(threshold, block.v[j]);
+    if (!any(either(either(reaching[0], reaching[1]), either(reaching[2], reaching[3])))) return;
+    uint64_t equals = 0;
     for (int j = 0; j < 4; ++j) {
+      equals |= uint64_t{bits(equal(block.v[j], threshold))} << (16 * j);
       F16 t = exponent(block.v[j], maximum, scale);
-      F16 w = keep(above[j], exp2_approx(t));
+      F16 w = keep(greater(block.v[j], threshold), exp2_approx(t));
       sum[j] = add(sum[j], w);
       weighted[j] = fma(w, t, weighted[j]);
     }
+    if (n - i < kBlock) equals &= (uint64_t{1} << (n - i)) - 1;
+    sums->equal += __builtin_popcountll(equals);
   });
   sums->sum = total(sum);
   sums->weighted = total(weighted);
@@ -384,61 +387,56 @@ inline void philox_block(uint32_t first, const DrawArgs& args, U16 out[4]) {
   transpose_lanes(out);
 }
 
-// What a candidate must reach, for the vectors: recomputed whenever the best improves.
-struct DrawBounds {
-  F16 exponent;  // below this not even the largest Gumbel number wins
-  F16 weight;    // 2^t * weight bounds the uniform number (in units of 2^-24) of a winner
-
-  DrawBounds(double score) {
-    constexpr double kLog2E = 1.4426950408889634;
-    // The margins cover the rounding of t (2^-18 at most) and of the polynomial.
-    exponent = splat(static_cast<float>((score - kLargestGumbel) * kLog2E - 1e-3));
-    // A winner has -log(1 - v) < e^(distance - score), so v is below that too.
-    weight = splat(static_cast<float>(__builtin_exp(-score) * 16777216.0 * (1 + 1e-4)));
-  }
-};
+// With the race of the best candidate: what v * 2^24 is at most, over the weight, for a candidate
+// that beats it. (Its E is at least v = (word + 1/2) / 2^32.) The margin covers the rounding of the
+// weights.
+inline float race_limit(double race) {
+  double limit = race * 16777216.0 * (1 + 1e-4);
+  return limit < FLT_MAX ? static_cast<float>(limit) : kInfinity;
+}
 
 template <typename T>
 void draw(const void* data, int64_t n, int64_t base, const DrawArgs& args, Draw* best) {
   const F16 maximum = splat(args.max), scale = splat(args.scale), threshold = splat(args.threshold);
-  DrawBounds bounds(best->score);
+  const F16 smallest = splat(0x1p-9f);  // v * 2^24 of the word 0
+  float limit = race_limit(best->race);
   for_blocks(static_cast<const T*>(data), n, [&](const T* p, int64_t i) {
     OrderedBlock<T> block(p);
-    F16 t[4];
+    F16 weight[4], bound[4];
     Mask hopeful = no_lanes();
     for (int j = 0; j < 4; ++j) {
-      t[j] = mul(sub(block.v[j], maximum), scale);
-      hopeful = either(hopeful, greater(t[j], bounds.exponent));
+      weight[j] = exp2_approx(exponent(block.v[j], maximum, scale));
+      bound[j] = mul(weight[j], splat(limit));
+      hopeful = either(hopeful, less_equal(smallest, bound[j]));
     }
     if (!any(hopeful)) return;
     U16 random[4];
     philox_block(static_cast<uint32_t>((base + i) >> 2), args, random);
     uint64_t candidates = 0;
+    float values[kBlock], weights[kBlock], uniform[kBlock];
+    uint32_t words[kBlock];
     for (int j = 0; j < 4; ++j) {
-      F16 w = exp2_approx(max(t[j], splat(kSmallestExponent)));
-      Mask possible = less_equal(to_float(shift_right(random[j], 8)), mul(w, bounds.weight));
+      F16 v = to_float(shift_right(random[j], 8));
       uint64_t kept = bits(less_equal(threshold, block.v[j]));
-      candidates |= (bits(possible) & kept) << (16 * j);
+      candidates |= (bits(less_equal(v, bound[j])) & kept) << (16 * j);
+      store(values + 16 * j, block.v[j]);
+      store(weights + 16 * j, weight[j]);
+      store(uniform + 16 * j, v);
+      store(words + 16 * j, random[j]);
     }
     if (n - i < kBlock) candidates &= (uint64_t{1} << (n - i)) - 1;
-    if (candidates == 0) return;
-    float values[kBlock];
-    uint32_t numbers[kBlock];
-    for (int j = 0; j < 4; ++j) {
-      store(values + 16 * j, block.v[j]);
-      store(numbers + 16 * j, random[j]);
-    }
     for (; candidates != 0; candidates &= candidates - 1) {
       int lane = __builtin_ctzll(candidates);
+      if (uniform[lane] > weights[lane] * limit) continue;
       int64_t index = base + i + lane;
       float value = values[lane];
       if (value == args.threshold && index >= args.tie_limit) continue;
       if (value == -kInfinity) continue;
       double distance = (static_cast<double>(value) - args.max) * args.inverse_temperature;
-      double score = distance + gumbel(numbers[lane]);
-      if (score > best->score || (score == best->score && index < best->index)) {
-        *best = {score, distance, index};
-        bounds = DrawBounds(score);
+      double race = exponential(words[lane]) / __builtin_exp(distance);
+      if (race < best->race) {
+        *best = {race, distance, index};
+        limit = race_limit(race);
       }
     }
   });

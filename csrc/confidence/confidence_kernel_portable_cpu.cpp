@@ -9,16 +9,14 @@ namespace confidence {
 
 const Kernels* portable_kernels() { return kKernels; }
 
-double gumbel(uint32_t bits) {
-  // -log(E), E = -log(1 - v) exponentially distributed, v = (bits + 1/2) / 2^32. In the upper half
-  // 1 - v is formed from the complement, which single precision resolves where it would not 1 - v.
-  double e = bits < 0x80000000u ? -std::log1p(-((bits + 0.5) * 0x1p-32))
-                                : -std::log(((0xffffffffu - bits) + 0.5) * 0x1p-32);
-  return -std::log(e);
+double exponential(uint32_t word) {
+  // -log(1 - v), v = (word + 1/2) / 2^32. In the upper half 1 - v is formed from the complement.
+  return word < 0x80000000u ? -std::log1p(-((word + 0.5) * 0x1p-32))
+                            : -std::log(((0xffffffffu - word) + 0.5) * 0x1p-32);
 }
 
-uint32_t philox(int64_t index, const uint32_t counter[3], const uint32_t key[2]) {
-  uint32_t c[4] = {static_cast<uint32_t>(index >> 2), counter[0], counter[1], counter[2]};
+void philox(uint32_t first, const uint32_t counter[3], const uint32_t key[2], uint32_t words[4]) {
+  uint32_t c[4] = {first, counter[0], counter[1], counter[2]};
   uint32_t k[2] = {key[0], key[1]};
   for (int round = 0; round < 10; ++round) {
     uint64_t a = uint64_t{0xD2511F53u} * c[0];
@@ -29,7 +27,7 @@ uint32_t philox(int64_t index, const uint32_t counter[3], const uint32_t key[2])
     k[0] += 0x9E3779B9u;
     k[1] += 0xBB67AE85u;
   }
-  return c[index & 3];
+  for (int i = 0; i < 4; ++i) words[i] = c[i];
 }
 
 }  // namespace confidence

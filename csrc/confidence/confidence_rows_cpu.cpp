@@ -17,6 +17,7 @@ namespace lopa {
 namespace {
 
 using confidence::Draw;
+using confidence::kDrawTile;
 using confidence::Kernels;
 
 constexpr double kLn2 = 0.6931471805599453;
@@ -42,10 +43,12 @@ struct Plan {
   confidence::ScanOptions scan;
   confidence::DrawArgs draw;  // but for the row's maximum, threshold and counter
   int64_t tile;
+  int64_t scan_tile;
   int64_t group;
   int64_t groups;
-  int64_t top_k;  // the size of the vocabulary: no limit
-  double top_p;   // 1: no limit
+  int64_t draw_tiles;  // 0: nothing is drawn
+  int64_t top_k;       // the size of the vocabulary: no limit
+  double top_p;        // 1: no limit
   double inverse_temperature;
   uint64_t step;
   bool filtered;
@@ -66,6 +69,9 @@ struct Plan {
     top_p = config.top_p;
     filtered = top_k < view.vocab || top_p < 1.0;
     sampled = config.temperature > 0;
+    // Where the scan already sees what may be drawn, it gives the masses of the tiles to draw from.
+    scan_tile = sampled && !filtered ? kDrawTile : tile;
+    draw_tiles = sampled ? (view.vocab + kDrawTile - 1) / kDrawTile : 0;
     draw.scale = scan.scale;
     draw.inverse_temperature = inverse_temperature;
     draw.key[0] = static_cast<uint32_t>(config.seed);
@@ -73,12 +79,20 @@ struct Plan {
     step = config.step;
   }
 
+  const void* at(const void* row, int64_t i) const {
+    return static_cast<const char*>(row) + i * logits.element_bytes();
+  }
+
+  // Runs function(elements, their number, index of the first) over pieces of `size` of a row.
   template <typename Function>
-  void for_tiles(const void* row, int64_t begin, int64_t end, Function function) const {
-    const char* bytes = static_cast<const char*>(row);
-    for (int64_t i = begin; i < end; i += tile) {
-      function(bytes + i * logits.element_bytes(), std::min(tile, end - i), i);
-    }
+  void for_pieces(int64_t size, const void* row, int64_t begin, int64_t end,
+                  Function function) const {
+    for (int64_t i = begin; i < end; i += size) function(at(row, i), std::min(size, end - i), i);
+  }
+
+  template <typename Function>
+  void for_tiles(const void* row, Function function) const {
+    for_pieces(tile, row, 0, logits.vocab, function);
   }
 
   int64_t group_end(int64_t g) const { return std::min((g + 1) * group, logits.vocab); }
@@ -91,7 +105,7 @@ struct Partial {
   double base = -std::numeric_limits<double>::infinity();
   double sum = 0;
   double weighted = 0;
-  int64_t best_tile = 0;  // where the first tile with the maximum begins
+  int64_t best_tile = 0;  // where the first tile of the scan with the maximum begins
   bool nan = false;
   bool finite = false;
 
@@ -122,15 +136,24 @@ struct Partial {
   }
 };
 
-Partial scan_group(const Plan& plan, const void* row, int64_t g) {
+// The sum of the weights 2^(x * scale - base) of the kept tokens of one tile of the draw.
+struct TileMass {
+  double sum;
+  double base;
+};
+
+// Without filters this also gives the masses of the draw's tiles in the group.
+Partial scan_group(const Plan& plan, const void* row, int64_t g, TileMass* masses) {
   Partial result;
   confidence::ScanOptions options = plan.scan;
-  plan.for_tiles(
-      row, g * plan.group, plan.group_end(g), [&](const void* x, int64_t n, int64_t begin) {
+  plan.for_pieces(
+      plan.scan_tile, row, g * plan.group, plan.group_end(g),
+      [&](const void* x, int64_t n, int64_t begin) {
         confidence::TileStats s;
         options.reference = result.max;
         plan.kernels.scan(x, n, options, &s);
         result.absorb({s.max, s.second, s.base, s.sum, s.weighted, begin, s.nan, s.finite});
+        if (plan.sampled && !plan.filtered) masses[begin / kDrawTile] = {s.sum, s.base};
       });
   return result;
 }
@@ -148,7 +171,6 @@ struct RowPass {
   const void* row = nullptr;
   int64_t index = 0;
   Partial total;
-  int64_t argmax = 0;
   Kept kept;
 
   bool empty() const { return !total.finite; }
@@ -163,19 +185,16 @@ float value_of_key(uint32_t key) {
 
 int64_t index_after_ties(const Plan& plan, const void* row, float value, int64_t ties) {
   int64_t limit = plan.logits.vocab;
-  plan.for_tiles(row, 0, plan.logits.vocab, [&](const void* x, int64_t n, int64_t begin) {
+  plan.for_tiles(row, [&](const void* x, int64_t n, int64_t begin) {
     if (ties <= 0) return;
     int64_t here = plan.kernels.count_equal(x, n, value);
     if (here < ties) {
       ties -= here;
       return;
     }
-    const char* bytes = static_cast<const char*>(x);
-    int64_t at = 0;
-    for (; ties > 0; --ties) {
-      at += plan.kernels.find(bytes + at * plan.logits.element_bytes(), n - at, value) + 1;
-    }
-    limit = begin + at;
+    int64_t i = 0;
+    for (; ties > 0; --ties) i += plan.kernels.find(plan.at(x, i), n - i, value) + 1;
+    limit = begin + i;
   });
   return limit;
 }
@@ -194,7 +213,7 @@ float selection_floor(const Plan& plan, const RowPass& pass) {
   const int64_t tiles = (plan.logits.vocab + plan.tile - 1) / plan.tile;
   if (plan.top_k <= tiles * confidence::kLanes && plan.top_k < plan.logits.vocab) {
     std::vector<float> maxima(static_cast<size_t>(tiles * confidence::kLanes));
-    plan.for_tiles(pass.row, 0, plan.logits.vocab, [&](const void* x, int64_t n, int64_t begin) {
+    plan.for_tiles(pass.row, [&](const void* x, int64_t n, int64_t begin) {
       plan.kernels.lane_maxima(x, n, &maxima[begin / plan.tile * confidence::kLanes]);
     });
     auto kth = maxima.begin() + (plan.top_k - 1);
@@ -213,7 +232,6 @@ Kept select_kept(const Plan& plan, const RowPass& pass) {
     int32_t bin_shift, prefix_shift, bits;
   };
   constexpr Level kLevels[] = {{21, 32, 11}, {10, 21, 11}, {0, 10, 10}};
-  const int64_t vocab = plan.logits.vocab;
   confidence::Histogram histogram;
   const double mass_limit =
       plan.top_p < 1.0 ? plan.top_p * pass.total.sum : std::numeric_limits<double>::infinity();
@@ -229,7 +247,7 @@ Kept select_kept(const Plan& plan, const RowPass& pass) {
     std::fill_n(histogram.mass, bins, 0.0);
     confidence::HistogramArgs args{
         pass.total.max, plan.scan.scale, floor, level.bin_shift, level.prefix_shift, key, bins - 1};
-    plan.for_tiles(pass.row, 0, vocab, [&](const void* x, int64_t n, int64_t) {
+    plan.for_tiles(pass.row, [&](const void* x, int64_t n, int64_t) {
       plan.kernels.histogram(x, n, args, &histogram);
     });
     uint32_t boundary = bins;
@@ -264,41 +282,50 @@ Kept select_kept(const Plan& plan, const RowPass& pass) {
   return kept;
 }
 
-// Replaces the sums over the row by those over its kept tokens.
-void sum_kept(const Plan& plan, RowPass* pass) {
+// Replaces the sums over the row by those over its kept tokens, and gives the masses of the draw's
+// tiles.
+void sum_kept(const Plan& plan, RowPass* pass, TileMass* masses) {
   const Kept& kept = pass->kept;
-  confidence::AboveArgs args{pass->total.max, plan.scan.scale, kept.threshold};
+  const confidence::AboveArgs args{pass->total.max, plan.scan.scale, kept.threshold};
+  const double t = (static_cast<double>(kept.threshold) - pass->total.max) * plan.scan.scale;
+  const double weight = std::exp2(t);
   double sum = 0, weighted = 0;
-  plan.for_tiles(pass->row, 0, plan.logits.vocab, [&](const void* x, int64_t n, int64_t) {
+  int64_t ties = kept.ties;
+  auto add_tile = [&](const void* x, int64_t n, int64_t begin) {
     confidence::AboveSums sums;
     plan.kernels.sum_above(x, n, args, &sums);
-    sum += sums.sum;
-    weighted += sums.weighted;
-  });
-  double t = (static_cast<double>(kept.threshold) - pass->total.max) * plan.scan.scale;
-  double weight = std::exp2(t) * static_cast<double>(kept.ties);
-  pass->total.sum = sum + weight;
-  pass->total.weighted = weighted + (weight > 0 ? weight * t : 0.0);
+    int64_t here = std::min(sums.equal, ties);
+    ties -= here;
+    double equal = weight * static_cast<double>(here);
+    sum += sums.sum + equal;
+    weighted += sums.weighted + (equal > 0 ? equal * t : 0.0);
+    if (plan.sampled) masses[begin / kDrawTile] = {sums.sum + equal, pass->total.base};
+  };
+  plan.for_pieces(kDrawTile, pass->row, 0, plan.logits.vocab, add_tile);
+  pass->total.sum = sum;
+  pass->total.weighted = weighted;
 }
 
-RowPass merge_row(const Plan& plan, const void* row, int64_t index, const Partial* parts) {
+RowPass merge_row(const Plan& plan, const void* row, int64_t index, const Partial* parts,
+                  TileMass* masses) {
   RowPass pass;
   pass.row = row;
   pass.index = index;
   for (int64_t g = 0; g < plan.groups; ++g) pass.total.absorb(parts[g]);
   if (pass.empty()) return pass;
   pass.total.rebase(static_cast<double>(pass.total.max) * plan.scan.scale);
-  int64_t begin = pass.total.best_tile;
-  plan.for_tiles(row, begin, std::min(begin + plan.tile, plan.logits.vocab),
-                 [&](const void* x, int64_t n, int64_t) {
-                   pass.argmax = begin + plan.kernels.find(x, n, pass.total.max);
-                 });
   pass.kept.count = plan.logits.vocab;
   if (plan.filtered) {
     pass.kept = select_kept(plan, pass);
-    sum_kept(plan, &pass);
+    sum_kept(plan, &pass, masses);
   }
   return pass;
+}
+
+Draw most_likely(const Plan& plan, const RowPass& pass) {
+  const int64_t begin = pass.total.best_tile;
+  const int64_t n = std::min(plan.scan_tile, plan.logits.vocab - begin);
+  return {0.0, 0.0, begin + plan.kernels.find(plan.at(pass.row, begin), n, pass.total.max)};
 }
 
 confidence::DrawArgs draw_args(const Plan& plan, const RowPass& pass) {
@@ -313,27 +340,48 @@ confidence::DrawArgs draw_args(const Plan& plan, const RowPass& pass) {
   return args;
 }
 
-// The Gumbel-max draw over one group, starting from the most likely token, which every group knows
-// and which lets it pass over most of a peaked distribution.
-Draw draw_group(const Plan& plan, const RowPass& pass, int64_t g) {
-  confidence::DrawArgs args = draw_args(plan, pass);
-  uint32_t bits = confidence::philox(pass.argmax, args.counter, args.key);
-  Draw best{confidence::gumbel(bits), 0.0, pass.argmax};
-  plan.for_tiles(pass.row, g * plan.group, plan.group_end(g),
-                 [&](const void* x, int64_t n, int64_t begin) {
-                   plan.kernels.draw(x, n, begin, args, &best);
-                 });
+// The first stage of the draw. Counters of tiles have the highest bit, which no counter of a
+// vocabulary index has.
+int64_t draw_tile(const Plan& plan, const RowPass& pass, const confidence::DrawArgs& args,
+                  const TileMass* masses) {
+  if (plan.draw_tiles == 1) return 0;
+  int64_t best = 0;
+  double race = std::numeric_limits<double>::infinity();
+  double shift = 0, factor = 1;
+  uint32_t words[4];
+  for (int64_t t = 0; t < plan.draw_tiles; ++t) {
+    if (t % 4 == 0) {
+      confidence::philox(0x80000000u | static_cast<uint32_t>(t / 4), args.counter, args.key, words);
+    }
+    const TileMass& mass = masses[t];
+    if (!(mass.sum > 0)) continue;
+    if (mass.base - pass.total.base != shift) {
+      shift = mass.base - pass.total.base;
+      factor = std::exp2(shift);
+    }
+    double candidate = confidence::exponential(words[t % 4]) / (mass.sum * factor);
+    if (candidate < race) {
+      race = candidate;
+      best = t;
+    }
+  }
   return best;
 }
 
-Draw better(const Draw& a, const Draw& b) {
-  return b.score > a.score || (b.score == a.score && b.index < a.index) ? b : a;
+// The Gumbel-max draw in two stages: a tile by its mass, then a token of that tile. Both are exact,
+// so that together they draw a token by its weight.
+Draw draw_row(const Plan& plan, const RowPass& pass, const TileMass* masses) {
+  const confidence::DrawArgs args = draw_args(plan, pass);
+  const int64_t begin = draw_tile(plan, pass, args, masses) * kDrawTile;
+  Draw best{std::numeric_limits<double>::infinity(), 0.0, begin};
+  const int64_t n = std::min(kDrawTile, plan.logits.vocab - begin);
+  plan.kernels.draw(plan.at(pass.row, begin), n, begin, args, &best);
+  return best;
 }
 
 RowStats empty_row(bool nan) { return {0, 0.0f, 0.0f, -kInfinity, -kInfinity, nan, true}; }
 
 RowStats finish(const Plan& plan, const RowPass& pass, const Draw& draw) {
-  if (pass.empty()) return empty_row(pass.total.nan);
   const Partial& total = pass.total;
   double log_sum = std::log(total.sum);
   double gap = -kInfinity;
@@ -354,52 +402,52 @@ RowStats finish(const Plan& plan, const RowPass& pass, const Draw& draw) {
   return stats;
 }
 
-RowStats evaluate_row(const Plan& plan, int64_t index, std::vector<Partial>* parts) {
-  const void* row = plan.logits.row(index);
-  for (int64_t g = 0; g < plan.groups; ++g) (*parts)[g] = scan_group(plan, row, g);
-  RowPass pass = merge_row(plan, row, index, parts->data());
-  Draw draw{0.0, 0.0, pass.argmax};
-  if (plan.sampled && !pass.empty()) {
-    draw = draw_group(plan, pass, 0);
-    for (int64_t g = 1; g < plan.groups; ++g) draw = better(draw, draw_group(plan, pass, g));
-  }
+// From the statistics of its groups to those of a row.
+RowStats evaluate_merged(const Plan& plan, int64_t index, const Partial* parts, TileMass* masses) {
+  RowPass pass = merge_row(plan, plan.logits.row(index), index, parts, masses);
+  if (pass.empty()) return empty_row(pass.total.nan);
+  Draw draw = plan.sampled ? draw_row(plan, pass, masses) : most_likely(plan, pass);
   return finish(plan, pass, draw);
 }
 
-// Few long rows: the groups of all rows are shared among the threads, phase by phase.
+// Few long rows: the groups of all rows are shared among the threads.
 void evaluate_by_groups(const Plan& plan, const int64_t* rows, int64_t n, RowStats* out) {
   std::vector<Partial> parts(static_cast<size_t>(n * plan.groups));
-  std::vector<RowPass> passes(static_cast<size_t>(n));
-  std::vector<Draw> draws;
+  std::vector<TileMass> masses(static_cast<size_t>(n * plan.draw_tiles));
   torch::stable::parallel_for(0, n * plan.groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      int64_t row = rows[i / plan.groups];
-      if (row >= 0) parts[i] = scan_group(plan, plan.logits.row(row), i % plan.groups);
+      int64_t r = i / plan.groups;
+      if (rows[r] < 0) continue;
+      parts[i] = scan_group(plan, plan.logits.row(rows[r]), i % plan.groups,
+                            masses.data() + r * plan.draw_tiles);
     }
   });
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (rows[i] < 0) continue;
-      passes[i] = merge_row(plan, plan.logits.row(rows[i]), rows[i], &parts[i * plan.groups]);
+    for (int64_t r = begin; r < end; ++r) {
+      out[r] = rows[r] < 0 ? empty_row(false)
+                           : evaluate_merged(plan, rows[r], parts.data() + r * plan.groups,
+                                             masses.data() + r * plan.draw_tiles);
     }
   });
-  if (plan.sampled) {
-    draws.resize(static_cast<size_t>(n * plan.groups));
-    torch::stable::parallel_for(0, n * plan.groups, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const RowPass& pass = passes[i / plan.groups];
-        if (!pass.empty()) draws[i] = draw_group(plan, pass, i % plan.groups);
+}
+
+void evaluate_by_rows(const Plan& plan, const int64_t* rows, int64_t n, RowStats* out) {
+  const int64_t grain = std::max<int64_t>(1, plan.group / plan.logits.vocab);
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    std::vector<Partial> parts(static_cast<size_t>(plan.groups));
+    std::vector<TileMass> masses(static_cast<size_t>(plan.draw_tiles));
+    for (int64_t i = begin; i < end; ++i) {
+      if (rows[i] < 0) {
+        out[i] = empty_row(false);
+        continue;
       }
-    });
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    Draw draw{0.0, 0.0, passes[i].argmax};
-    if (plan.sampled && !passes[i].empty()) {
-      draw = draws[i * plan.groups];
-      for (int64_t g = 1; g < plan.groups; ++g) draw = better(draw, draws[i * plan.groups + g]);
+      const void* row = plan.logits.row(rows[i]);
+      for (int64_t g = 0; g < plan.groups; ++g) {
+        parts[g] = scan_group(plan, row, g, masses.data());
+      }
+      out[i] = evaluate_merged(plan, rows[i], parts.data(), masses.data());
     }
-    out[i] = finish(plan, passes[i], draw);
-  }
+  });
 }
 
 }  // namespace
@@ -413,13 +461,7 @@ void confidence_rows(const LogitsView& logits, const ConfidenceConfig& config, c
     evaluate_by_groups(plan, rows, n, out);
     return;
   }
-  const int64_t grain = std::max<int64_t>(1, plan.group / logits.vocab);
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    std::vector<Partial> parts(static_cast<size_t>(plan.groups));
-    for (int64_t i = begin; i < end; ++i) {
-      out[i] = rows[i] < 0 ? empty_row(false) : evaluate_row(plan, rows[i], &parts);
-    }
-  });
+  evaluate_by_rows(plan, rows, n, out);
 }
 
 }  // namespace lopa

@@ -1,13 +1,13 @@
-// Pre-Write and Commit-Winner-Cache on the CPU: checks, threads, copies.
+// Pre-Write and Commit-Winner-Cache on the CPU: faults, threads, copies.
 #include "kv_cache/kv_cache_cpu.h"
 
 #include <algorithm>
 #include <cstring>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <vector>
 
+#include "kv_cache/kv_cache_args.h"
 #include "kv_cache/params.h"
 #include "lopa/checks.h"
 #include "lopa/isa.h"
@@ -26,51 +26,6 @@ RotateFunction rotate_function() {
   if (isa() == Isa::kAvx2) return rotate_heads_avx2;
 #endif
   return rotate_heads_portable;
-}
-
-template <typename View, size_t N>
-View make_view(const char* op, const char* argument, const Tensor& tensor, View view,
-               int64_t (View::*)[N]) {
-  check_unit_stride(op, argument, tensor);
-  view.data = tensor.data_ptr();
-  for (size_t d = 0; d < N; ++d) view.stride[d] = tensor.stride(d);
-  return view;
-}
-
-template <typename View>
-View view_of(const char* op, const char* argument, const Tensor& tensor) {
-  return make_view(op, argument, tensor, View{}, &View::stride);
-}
-
-KvSizes window_sizes(const char* op, const Tensor& k_window) {
-  check_cpu(op, "k_window", k_window);
-  check_floating(op, "k_window", k_window);
-  check_rank(op, "k_window", k_window, 6);
-  KvSizes sizes{};
-  sizes.layers = k_window.size(0);
-  sizes.batch = k_window.size(1);
-  sizes.branches = k_window.size(2);
-  sizes.window = k_window.size(3);
-  sizes.kv_heads = k_window.size(4);
-  sizes.head_dim = k_window.size(5);
-  sizes.type = float_type(k_window.scalar_type());
-  return sizes;
-}
-
-void check_windows(const char* op, const KvSizes& s, const Tensor& k_window,
-                   const Tensor& v_window) {
-  check_tensor(op, "v_window", v_window, k_window.scalar_type(),
-               {s.layers, s.batch, s.branches, s.window, s.kv_heads, s.head_dim});
-}
-
-void check_caches(const char* op, KvSizes& s, ScalarType dtype, const Tensor& k_cache,
-                  const Tensor& v_cache) {
-  check_rank(op, "k_cache", k_cache, 5);
-  s.capacity = k_cache.size(2);
-  check_tensor(op, "k_cache", k_cache, dtype,
-               {s.layers, s.batch, s.capacity, s.kv_heads, s.head_dim});
-  check_tensor(op, "v_cache", v_cache, dtype,
-               {s.layers, s.batch, s.capacity, s.kv_heads, s.head_dim});
 }
 
 // What is wrong with one sequence: a status bit, and words for the caller without a status tensor.
@@ -267,166 +222,8 @@ void commit_columns(const KvSizes& s, const KvWindowView& from, const KvCacheVie
   }
 }
 
-// Small operands made contiguous, kept alive while the parameters point to them.
-struct Held {
-  OptTensor cache_len;
-  OptTensor commit_len;
-  OptTensor winner;
-};
-
-void set_layer(const char* op, KvPrewriteParams& p, int64_t layer) {
-  if (layer < 0 || layer >= p.sizes.layers) {
-    fail(op, "layer", "0 to " + std::to_string(p.sizes.layers - 1), layer);
-  }
-  p.layer = layer;
-}
-
-const int32_t* lengths(const char* op, const char* argument, const Tensor& tensor, int64_t batch,
-                       OptTensor& held) {
-  check_tensor(op, argument, tensor, ScalarType::Int, {batch});
-  held = contiguous(tensor);
-  return data<int32_t>(*held);
-}
-
-void check_status(const char* op, const OptTensor& status, int64_t batch) {
-  if (status.has_value()) check_tensor(op, "status", *status, ScalarType::Int, {batch});
-}
-
-void set_rotation(const char* op, KvPrewriteParams& p, const OptTensor& cos_sin,
-                  const OptTensor& cache_len, Held& held) {
-  if (cache_len.has_value()) {
-    p.cache_len = lengths(op, "cache_len", *cache_len, p.sizes.batch, held.cache_len);
-  }
-  if (!cos_sin.has_value()) return;
-  if (!cache_len.has_value()) fail(op, "cache_len", "a tensor, since cos_sin is given", "None");
-  if (p.sizes.head_dim % 2 != 0) {
-    fail(op, "cos_sin", "None, since the head dimension is odd", p.sizes.head_dim);
-  }
-  check_rank(op, "cos_sin", *cos_sin, 2);
-  p.max_position = cos_sin->size(0);
-  check_tensor(op, "cos_sin", *cos_sin, ScalarType::Float, {p.max_position, p.sizes.head_dim});
-  check_unit_stride(op, "cos_sin", *cos_sin);
-  p.cos_sin = data<float>(*cos_sin);
-  p.cos_sin_stride = cos_sin->stride(0);
-}
-
-struct Direct {
-  const Tensor& k_cache;
-  const Tensor& v_cache;
-  const Tensor& commit_len;
-  const OptTensor& status;
-};
-
-void set_direct(const char* op, KvPrewriteParams& p, ScalarType dtype, const Direct& direct,
-                Held& held) {
-  check_caches(op, p.sizes, dtype, direct.k_cache, direct.v_cache);
-  p.k_cache = view_of<KvCacheView>(op, "k_cache", direct.k_cache);
-  p.v_cache = view_of<KvCacheView>(op, "v_cache", direct.v_cache);
-  p.commit_len = lengths(op, "commit_len", direct.commit_len, p.sizes.batch, held.commit_len);
-  check_status(op, direct.status, p.sizes.batch);
-}
-
-void run_prewrite(const char* op, const KvPrewriteParams& p, const OptTensor& status) {
-  Faults bits =
-      find_faults(op, p.sizes.batch, status, [&](int64_t b) { return prewrite_fault(p, b); });
-  Prewrite(p).run(bits);
-  report_faults(bits, status);
-}
-
-void prewrite(const Tensor& k_window, const Tensor& v_window, int64_t layer, const Tensor& k,
-              const Tensor& v, const OptTensor& cos_sin, const OptTensor& cache_len,
-              const std::optional<Direct>& direct) {
-  const char* op = "kv_prewrite_";
-  KvPrewriteParams p{};
-  Held held;
-  p.sizes = window_sizes(op, k_window);
+void commit_winners(const char* op, const KvCommitParams& p, const OptTensor& status) {
   const KvSizes& s = p.sizes;
-  ScalarType dtype = k_window.scalar_type();
-  check_windows(op, s, k_window, v_window);
-  check_tensor(op, "k", k, dtype, {s.batch, s.branches, s.window, s.kv_heads, s.head_dim});
-  check_tensor(op, "v", v, dtype, {s.batch, s.branches, s.window, s.kv_heads, s.head_dim});
-  set_layer(op, p, layer);
-  p.k_window = view_of<KvWindowView>(op, "k_window", k_window);
-  p.v_window = view_of<KvWindowView>(op, "v_window", v_window);
-  p.k = view_of<KvRowsView>(op, "k", k);
-  p.v = view_of<KvRowsView>(op, "v", v);
-  set_rotation(op, p, cos_sin, cache_len, held);
-  if (direct.has_value()) set_direct(op, p, dtype, *direct, held);
-  run_prewrite(op, p, direct.has_value() ? direct->status : OptTensor());
-}
-
-void prewrite_packed(const Tensor& q, const Tensor& k_window, const Tensor& v_window, int64_t layer,
-                     const Tensor& qkv, const Tensor& cos_sin, const Tensor& cache_len,
-                     const std::optional<Direct>& direct) {
-  const char* op = "qkv_prewrite_";
-  KvPrewriteParams p{};
-  Held held;
-  p.sizes = window_sizes(op, k_window);
-  KvSizes& s = p.sizes;
-  ScalarType dtype = k_window.scalar_type();
-  check_windows(op, s, k_window, v_window);
-  check_rank(op, "q", q, 5);
-  s.q_heads = q.size(3);
-  check_tensor(op, "q", q, dtype, {s.batch, s.branches, s.window, s.q_heads, s.head_dim});
-  check_tensor(op, "qkv", qkv, dtype,
-               {s.batch, s.branches, s.window, s.q_heads + 2 * s.kv_heads, s.head_dim});
-  set_layer(op, p, layer);
-  p.k_window = view_of<KvWindowView>(op, "k_window", k_window);
-  p.v_window = view_of<KvWindowView>(op, "v_window", v_window);
-  p.q_out = view_of<KvRowsView>(op, "q", q);
-  p.q = view_of<KvRowsView>(op, "qkv", qkv);
-  int64_t head_bytes = p.q.stride[3] * element_size(s.type);
-  p.k = p.q;
-  p.k.data = static_cast<char*>(p.q.data) + s.q_heads * head_bytes;
-  p.v = p.q;
-  p.v.data = static_cast<char*>(p.k.data) + s.kv_heads * head_bytes;
-  set_rotation(op, p, cos_sin, cache_len, held);
-  if (direct.has_value()) set_direct(op, p, dtype, *direct, held);
-  run_prewrite(op, p, direct.has_value() ? direct->status : OptTensor());
-}
-
-void kv_prewrite_(Tensor k_window, Tensor v_window, int64_t layer, Tensor k, Tensor v,
-                  OptTensor cos_sin, OptTensor cache_len) {
-  prewrite(k_window, v_window, layer, k, v, cos_sin, cache_len, std::nullopt);
-}
-
-void kv_prewrite_direct_(Tensor k_window, Tensor v_window, Tensor k_cache, Tensor v_cache,
-                         int64_t layer, Tensor k, Tensor v, Tensor cache_len, Tensor commit_len,
-                         OptTensor cos_sin, OptTensor status) {
-  Direct direct{k_cache, v_cache, commit_len, status};
-  prewrite(k_window, v_window, layer, k, v, cos_sin, cache_len, direct);
-}
-
-void qkv_prewrite_(Tensor q, Tensor k_window, Tensor v_window, int64_t layer, Tensor qkv,
-                   Tensor cos_sin, Tensor cache_len) {
-  prewrite_packed(q, k_window, v_window, layer, qkv, cos_sin, cache_len, std::nullopt);
-}
-
-void qkv_prewrite_direct_(Tensor q, Tensor k_window, Tensor v_window, Tensor k_cache,
-                          Tensor v_cache, int64_t layer, Tensor qkv, Tensor cos_sin,
-                          Tensor cache_len, Tensor commit_len, OptTensor status) {
-  Direct direct{k_cache, v_cache, commit_len, status};
-  prewrite_packed(q, k_window, v_window, layer, qkv, cos_sin, cache_len, direct);
-}
-
-void kv_commit_(Tensor k_cache, Tensor v_cache, Tensor k_window, Tensor v_window, Tensor winner,
-                Tensor cache_len, Tensor commit_len, OptTensor status) {
-  const char* op = "kv_commit_";
-  KvCommitParams p{};
-  Held held;
-  p.sizes = window_sizes(op, k_window);
-  const KvSizes& s = p.sizes;
-  check_windows(op, s, k_window, v_window);
-  check_caches(op, p.sizes, k_window.scalar_type(), k_cache, v_cache);
-  p.k_cache = view_of<KvCacheView>(op, "k_cache", k_cache);
-  p.v_cache = view_of<KvCacheView>(op, "v_cache", v_cache);
-  p.k_window = view_of<KvWindowView>(op, "k_window", k_window);
-  p.v_window = view_of<KvWindowView>(op, "v_window", v_window);
-  p.winner = lengths(op, "winner", winner, s.batch, held.winner);
-  p.cache_len = lengths(op, "cache_len", cache_len, s.batch, held.cache_len);
-  p.commit_len = lengths(op, "commit_len", commit_len, s.batch, held.commit_len);
-  check_status(op, status, s.batch);
-
   Faults bits = find_faults(op, s.batch, status, [&](int64_t b) -> std::optional<Fault> {
     std::optional<Fault> fault = commit_fault(p.cache_len[b], p.commit_len[b], s);
     if (fault.has_value() || p.commit_len[b] == 0) return fault;
@@ -454,13 +251,36 @@ void kv_commit_(Tensor k_cache, Tensor v_cache, Tensor k_window, Tensor v_window
   report_faults(bits, status);
 }
 
+// Device and kernels of a call, for KvCacheOperators.
+class Cpu {
+ public:
+  Cpu(const char* op, const char* argument, const Tensor& tensor) {
+    check_cpu(op, argument, tensor);
+  }
+
+  Device device() const { return kCpu; }
+
+  void prewrite(const char* op, const KvPrewriteParams& p, const OptTensor& status) const {
+    Faults bits =
+        find_faults(op, p.sizes.batch, status, [&](int64_t b) { return prewrite_fault(p, b); });
+    Prewrite(p).run(bits);
+    report_faults(bits, status);
+  }
+
+  void commit(const char* op, const KvCommitParams& p, const OptTensor& status) const {
+    commit_winners(op, p, status);
+  }
+};
+
+using Operators = KvCacheOperators<Cpu>;
+
 }  // namespace
 }  // namespace lopa
 
 STABLE_TORCH_LIBRARY_IMPL(lopa, CPU, m) {
-  m.impl("kv_prewrite_", TORCH_BOX(&lopa::kv_prewrite_));
-  m.impl("kv_prewrite_direct_", TORCH_BOX(&lopa::kv_prewrite_direct_));
-  m.impl("qkv_prewrite_", TORCH_BOX(&lopa::qkv_prewrite_));
-  m.impl("qkv_prewrite_direct_", TORCH_BOX(&lopa::qkv_prewrite_direct_));
-  m.impl("kv_commit_", TORCH_BOX(&lopa::kv_commit_));
+  m.impl("kv_prewrite_", TORCH_BOX(&lopa::Operators::prewrite));
+  m.impl("kv_prewrite_direct_", TORCH_BOX(&lopa::Operators::prewrite_direct));
+  m.impl("qkv_prewrite_", TORCH_BOX(&lopa::Operators::packed_prewrite));
+  m.impl("qkv_prewrite_direct_", TORCH_BOX(&lopa::Operators::packed_prewrite_direct));
+  m.impl("kv_commit_", TORCH_BOX(&lopa::Operators::commit));
 }

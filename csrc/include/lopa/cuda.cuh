@@ -22,4 +22,9 @@ __device__ __forceinline__ void wait_for_predecessor() {
 #endif
 }
 
+template <typename T>
+__device__ __forceinline__ T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+
 }  // namespace lopa

@@ -143,10 +143,11 @@ def token_confidence(
     counts as -inf and +inf as the largest finite float32. A row with no finite logit gives token 0,
     prob 0, score -inf.
 
-    At temperature > 0 the token is the argmax of logits / temperature + Gumbel numbers over what
-    the filters leave. The numbers come from Philox4x32-10 keyed by (`seed`, `step`, row, vocabulary
-    index), so that equal keys draw equal tokens on every backend (except where the two best
-    candidates, or a top-p boundary, lie within 1e-5 of each other).
+    At temperature > 0 the token is drawn from p by the Gumbel-max rule in two exact stages: a tile
+    of 2048 vocabulary indices by its mass, then a token of that tile. The numbers come from
+    Philox4x32-10 keyed by (`seed`, `step`, row, vocabulary index or tile), so that equal keys draw
+    equal tokens on every backend (except where the two best candidates of a stage, or a top-p
+    boundary, lie within 1e-5 of each other). docs/operators.md states the rule in full.
 
     Args:
         logits: [..., V] bf16, fp16 or fp32; unit stride on V, any other strides. Read in place.
@@ -157,8 +158,9 @@ def token_confidence(
         seed: int64, one element, on the device of `logits`; needed at temperature > 0.
         step: int64, one element, likewise; None is 0.
         rows: int32, any shape: the rows of logits, seen as [R, V], to evaluate. -1 names no row and
-            gives (0, 0, -inf). On the CPU any other value outside [0, R) is a RuntimeError.
-        backend: "cpu", "reference" or "auto"; None is the process's default.
+            gives (0, 0, -inf). Any other value outside [0, R) is a RuntimeError on the CPU; a GPU
+            takes it for -1.
+        backend: "cpu", "cuda", "triton", "reference" or "auto"; None is the process's default.
 
     Returns:
         Tensors of shape logits.shape[:-1], or rows.shape: token int64, prob fp32, score fp32.

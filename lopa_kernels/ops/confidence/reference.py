@@ -10,6 +10,9 @@ import torch
 
 from lopa_kernels._dispatch import implements
 
+#: vocabulary indices of a tile of the two-stage draw
+TILE = 2048
+
 _WORD = 0xFFFFFFFF
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -39,17 +42,12 @@ def philox4x32(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[tor
     return [c0, c1, c2, c3]
 
 
-def random_words(
-    rows: torch.Tensor, vocab: int, seed: torch.Tensor, step: torch.Tensor | None
+def _words(
+    group: torch.Tensor, rows: torch.Tensor, seed: torch.Tensor, step: torch.Tensor | None
 ) -> torch.Tensor:
-    """The 32-bit random integer of every (row, vocabulary index), as int64[len(rows), vocab].
-
-    The key is `seed`; the counter is (index >> 2, row, step, high word of step ^ high word of
-    row), and index & 3 names the word of the output.
-    """
+    """The four words of every group int64[1 or len(rows), n] in a row's stream, in order."""
     seed = seed.reshape(())
     step = torch.zeros_like(seed) if step is None else step.reshape(())
-    group = torch.arange((vocab + 3) // 4, device=rows.device)
     row = rows.to(torch.int64)[:, None]
     counter = [
         (group & _WORD).expand(len(rows), -1),
@@ -58,7 +56,38 @@ def random_words(
         ((step >> 32) ^ (row >> 32)) & _WORD,
     ]
     words = philox4x32(counter, [seed & _WORD, (seed >> 32) & _WORD])
-    return torch.stack(words, dim=-1).flatten(1)[:, :vocab]
+    return torch.stack(words, dim=-1).flatten(1)
+
+
+def random_words(
+    rows: torch.Tensor,
+    vocab: int,
+    seed: torch.Tensor,
+    step: torch.Tensor | None,
+    start: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The 32-bit random integer of every (row, vocabulary index), as int64[len(rows), vocab].
+
+    The key is `seed`; the counter is (index >> 2, row, step, high word of step ^ high word of
+    row), and index & 3 names the word of the output. `start` (int64[len(rows)], multiples of 4)
+    gives the index of the first column in each row; default 0.
+    """
+    group = torch.arange((vocab + 3) // 4, device=rows.device)[None]
+    if start is not None:
+        group = group + start[:, None] // 4
+    return _words(group, rows, seed, step)[:, :vocab]
+
+
+def tile_words(
+    rows: torch.Tensor, vocab: int, seed: torch.Tensor, step: torch.Tensor | None
+) -> torch.Tensor:
+    """The 32-bit random integer of every (row, tile), as int64[len(rows), number of tiles].
+
+    As :func:`random_words`, with 2^31 + (tile >> 2) as the counter's first word.
+    """
+    tiles = -(-vocab // TILE)
+    group = torch.arange((tiles + 3) // 4, device=rows.device)[None]
+    return _words(group + 2**31, rows, seed, step)[:, :tiles]
 
 
 def gumbel_numbers(words: torch.Tensor) -> torch.Tensor:
@@ -88,6 +117,46 @@ def kept_tokens(
     if top_k is not None:
         kept[:, top_k:] = False
     return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def _tiles(scaled: torch.Tensor) -> torch.Tensor:
+    """log-weights[n, V] as [n, number of tiles, TILE], filled up with -inf."""
+    padding = -scaled.shape[-1] % TILE
+    return torch.nn.functional.pad(scaled, (0, padding), value=-torch.inf).unflatten(1, (-1, TILE))
+
+
+def tile_scores(
+    scaled: torch.Tensor, rows: torch.Tensor, seed: torch.Tensor, step: torch.Tensor | None
+) -> torch.Tensor:
+    """First stage of the draw: the log-mass of every tile plus its Gumbel number."""
+    noise = gumbel_numbers(tile_words(rows, scaled.shape[-1], seed, step))
+    return _tiles(scaled).logsumexp(-1) + noise.to(scaled.dtype)
+
+
+def token_scores(
+    scaled: torch.Tensor,
+    tile: torch.Tensor,
+    rows: torch.Tensor,
+    seed: torch.Tensor,
+    step: torch.Tensor | None,
+) -> torch.Tensor:
+    """Second stage: the log-weight of every token of one tile a row, plus its Gumbel number."""
+    inside = _tiles(scaled)[torch.arange(len(tile), device=tile.device), tile]
+    noise = gumbel_numbers(random_words(rows, TILE, seed, step, start=tile * TILE))
+    return inside + noise.to(scaled.dtype)
+
+
+def draw(
+    scaled: torch.Tensor, rows: torch.Tensor, seed: torch.Tensor, step: torch.Tensor | None
+) -> torch.Tensor:
+    """Tokens drawn by softmax(scaled[n, V]): the Gumbel-max rule in two exact stages.
+
+    First a tile of TILE vocabulary indices by its mass, then a token of that tile by its weight.
+    That takes a random number for each tile, and for each token of one tile. Ties go to the lowest
+    index.
+    """
+    tile = tile_scores(scaled, rows, seed, step).argmax(-1)
+    return tile * TILE + token_scores(scaled, tile, rows, seed, step).argmax(-1)
 
 
 def statistics(
@@ -142,8 +211,7 @@ def statistics(
     if temperature > 0:
         if seed is None:
             raise ValueError("seed: expected an int64 tensor, since temperature > 0, got None")
-        noise = gumbel_numbers(random_words(index, vocab, seed, step))
-        token = (scaled + noise.to(dtype)).argmax(-1)
+        token = draw(scaled, index, seed, step)
     prob = p.gather(-1, token[:, None])[:, 0]
     best = p.topk(min(2, vocab), dim=-1).values
     margin = best[:, 0] - best[:, 1] if vocab > 1 else best[:, 0]

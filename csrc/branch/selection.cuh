@@ -1,0 +1,317 @@
+// Selection in one window on the GPU, by one CTA: which open columns are filled, and the ranking of
+// the others (steps 5 and 6 of a round; Selection of round.h has the rules).
+//
+// A column is a bit of a mask and a key in the order of the scores; blocks are ranges of bits.
+#pragma once
+
+#include "branch/score_list.cuh"
+#include "branch/workspace.h"
+
+namespace lopa {
+namespace branch {
+
+// The columns of one branch: tokens, and the statistics of its rows of logits. With shifted logits
+// a column's statistics are those of the row before it, and column 0's are carried.
+struct Columns {
+  const int64_t* tokens;
+  ColumnStats stats;
+  bool shift;
+  int64_t carry_token;
+  float carry_prob, carry_score;
+
+  __device__ __forceinline__ int64_t token(int c) const {
+    if (!shift) return stats.token[c];
+    return c > 0 ? stats.token[c - 1] : carry_token;
+  }
+  __device__ __forceinline__ float prob(int c) const {
+    if (!shift) return stats.prob[c];
+    return c > 0 ? stats.prob[c - 1] : carry_prob;
+  }
+  __device__ __forceinline__ float score(int c) const {
+    if (!shift) return stats.score[c];
+    return c > 0 ? stats.score[c - 1] : carry_score;
+  }
+};
+
+// Where a window's blocks lie: columns [first, length) belong to generated blocks, and `first` is
+// `phase` positions into its block.
+struct Blocks {
+  int first, length;
+  uint32_t size, phase;
+
+  // cache_len and prompt_len may be any numbers.
+  __device__ Blocks(int32_t cache_len, int32_t prompt_len, int window_length, int64_t block_size)
+      : length(window_length) {
+    const int64_t offset = static_cast<int64_t>(cache_len) - prompt_len;
+    first = static_cast<int>(smaller<int64_t>(offset < 0 ? -offset : 0, window_length));
+    size = static_cast<uint32_t>(smaller<int64_t>(block_size, UINT_MAX));
+    phase = static_cast<uint32_t>(offset < 0 ? 0 : offset) % size;
+  }
+
+  __device__ int count() const {
+    if (first >= length) return 0;
+    const int64_t rest = static_cast<int64_t>(length) - end(0);
+    return rest <= 0 ? 1 : static_cast<int>(static_cast<uint32_t>(rest - 1) / size) + 2;
+  }
+
+  __device__ int begin(int block) const { return block == 0 ? first : end(block - 1); }
+
+  __device__ int end(int block) const {
+    const int64_t at = static_cast<int64_t>(first) - phase + (block + int64_t{1}) * size;
+    return static_cast<int>(smaller<int64_t>(at, length));
+  }
+};
+
+// The arrays of SelectPlaces.
+struct SelectSpace {
+  uint32_t *open, *eligible, *accepted, *fill, *eos;
+  uint32_t* keys;  // of columns that may still be chosen; 0: none
+  int32_t* lookahead;
+  uint32_t* heads;
+
+  __device__ SelectSpace(const Memory& memory, const SelectPlaces& places, int window)
+      : open(memory.at<uint32_t>(places.masks)),
+        keys(memory.at<uint32_t>(places.keys)),
+        lookahead(memory.at<int32_t>(places.lookahead)),
+        heads(memory.at<uint32_t>(places.heads)) {
+    const int words = (window + 31) / 32;
+    eligible = open + words;
+    accepted = eligible + words;
+    fill = accepted + words;
+    eos = fill + words;
+  }
+};
+
+// What was selected; every thread gets it.
+struct Selected {
+  bool had_open;   // before the fill
+  int first_open;  // after it; the length if there is none
+  int tail_open;   // columns from `tail` on that are open after it
+  int filled;
+  int rest;  // open columns that have a token and were not filled
+  bool eos;  // among the filled
+};
+
+// The bits of [begin, end) in word w of a mask.
+__device__ __forceinline__ uint32_t range_bits(int w, int begin, int end) {
+  const int low = max(begin - 32 * w, 0), high = min(end - 32 * w, 32);
+  if (low >= high) return 0;
+  return (0xffffffffu >> (32 - high)) & (0xffffffffu << low);
+}
+
+// By a warp: how many bits of [begin, end) are set.
+__device__ __forceinline__ int count_bits(const uint32_t* mask, int begin, int end) {
+  int count = 0;
+  for (int w = begin / 32 + lane_index(); 32 * w < end; w += 32) {
+    count += __popc(mask[w] & range_bits(w, begin, end));
+  }
+  return __reduce_add_sync(kWholeWarp, count);
+}
+
+struct Best {
+  uint32_t key;  // 0: there is none
+  int column;
+};
+
+// By a warp: the column of [begin, end) with the highest key, the lowest among equals.
+__device__ __forceinline__ Best best_column(const uint32_t* keys, int begin, int end) {
+  uint32_t key = 0;
+  int column = INT_MAX;
+  for (int c = begin + lane_index(); c < end; c += 32) {
+    if (keys[c] > key) {
+      key = keys[c];
+      column = c;
+    }
+  }
+  const uint32_t highest = __reduce_max_sync(kWholeWarp, key);
+  return {highest, __reduce_min_sync(kWholeWarp, key == highest ? column : INT_MAX)};
+}
+
+__device__ __forceinline__ void set_bit(uint32_t* mask, int column) {
+  atomicOr(&mask[column / 32], 1u << (column % 32));
+}
+
+// Words of the masks, keys, and in `values` the token that each column would hold if every column
+// with a token were filled.
+__device__ inline void read_columns(const Columns& columns, const Blocks& blocks,
+                                    const SelectConfig& config, int64_t eos_id,
+                                    const SelectSpace& space, int64_t* values) {
+  for (int w = warp_index(); 32 * w < blocks.length; w += warp_count()) {
+    const int c = 32 * w + lane_index();
+    int64_t value = config.mask_id;
+    if (c < blocks.length) value = columns.tokens[c];
+    const bool open = c >= blocks.first && c < blocks.length && value == config.mask_id;
+    bool eligible = false, accepted = false, eos = false;
+    uint32_t key = 0;
+    if (open) {
+      const int64_t token = columns.token(c);
+      const float score = columns.score(c);
+      const float accept = config.accept == Accept::kProb ? columns.prob(c) : score;
+      // A prediction of the mask itself, or of no token, fills nothing.
+      eligible = token >= 0 && token != config.mask_id;
+      if (eligible) {
+        value = token;
+        accepted = accept > config.tau_conf;
+        eos = eos_id >= 0 && token == eos_id;
+        if (!accepted) key = rank_key(score);
+      }
+    }
+    if (values != nullptr) values[c] = value;
+    space.keys[c] = key;
+    const uint32_t open_word = __ballot_sync(kWholeWarp, open);
+    const uint32_t eligible_word = __ballot_sync(kWholeWarp, eligible);
+    const uint32_t accepted_word = __ballot_sync(kWholeWarp, accepted);
+    const uint32_t eos_word = __ballot_sync(kWholeWarp, eos);
+    if (lane_index() == 0) {
+      space.open[w] = open_word;
+      space.eligible[w] = eligible_word;
+      space.accepted[w] = accepted_word;
+      space.fill[w] = accepted_word;
+      space.eos[w] = eos_word;
+    }
+  }
+}
+
+// Fills the best column of each activated block, or of the window, where nothing was accepted.
+__device__ inline void fill_fallbacks(const Blocks& blocks, const SelectConfig& config,
+                                      const SelectSpace& space) {
+  auto force = [&](const Best& best) {
+    __syncwarp();
+    if (best.key != 0 && lane_index() == 0) {
+      set_bit(space.fill, best.column);
+      space.keys[best.column] = 0;
+    }
+  };
+  if (config.fallback == Fallback::kWindow) {
+    if (warp_index() == 0 && count_bits(space.accepted, blocks.first, blocks.length) == 0) {
+      force(best_column(space.keys, blocks.first, blocks.length));
+    }
+    return;
+  }
+  const int count = blocks.count();
+  for (int block = warp_index(); block < count; block += warp_count()) {
+    const int begin = blocks.begin(block), end = blocks.end(block);
+    if (count_bits(space.accepted, begin, end) > 0) continue;
+    if (block > 0) {
+      // What precedes the window's first block, and what the cache holds of it, is complete.
+      const int masks = count_bits(space.open, blocks.begin(block - 1), begin);
+      if (static_cast<int64_t>(blocks.size) - masks < config.act_count) continue;
+    }
+    force(best_column(space.keys, begin, end));
+  }
+}
+
+// By a warp, from the final masks.
+__device__ inline Selected summarize(const Blocks& blocks, int tail, const SelectSpace& space) {
+  int first_open = blocks.length, tail_open = 0, filled = 0, rest = 0;
+  unsigned seen = 0;
+  for (int w = lane_index(); 32 * w < blocks.length; w += 32) {
+    const uint32_t open = space.open[w], fill = space.fill[w], left = open & ~fill;
+    if (left != 0) first_open = min(first_open, 32 * w + __ffs(left) - 1);
+    tail_open += __popc(left & range_bits(w, tail, blocks.length));
+    filled += __popc(fill);
+    rest += __popc(space.eligible[w] & ~fill);
+    seen |= (open != 0 ? 1u : 0u) | ((fill & space.eos[w]) != 0 ? 2u : 0u);
+  }
+  Selected selected;
+  seen = __reduce_or_sync(kWholeWarp, seen);
+  selected.had_open = seen & 1u;
+  selected.eos = seen & 2u;
+  selected.first_open = __reduce_min_sync(kWholeWarp, first_open);
+  selected.tail_open = __reduce_add_sync(kWholeWarp, tail_open);
+  selected.filled = __reduce_add_sync(kWholeWarp, filled);
+  selected.rest = __reduce_add_sync(kWholeWarp, rest);
+  return selected;
+}
+
+// The rank of a column is the number of those that go before it. For windows of a few hundred
+// columns: a team of lanes counts for one column.
+__device__ inline void rank_by_counting(const Blocks& blocks, int lookahead,
+                                        const SelectSpace& space) {
+  const int columns = blocks.length - blocks.first, lane = lane_index();
+  int team_bits = 0;
+  while (team_bits < 3 && columns << (team_bits + 1) <= static_cast<int>(blockDim.x)) ++team_bits;
+  const int team = 1 << team_bits;
+  const uint4* quads = reinterpret_cast<const uint4*>(space.keys);
+  for (int base = 32 * warp_index(); base < columns << team_bits; base += blockDim.x) {
+    const int member = (base + lane) % team;
+    const int column = blocks.first + ((base + lane) >> team_bits);
+    const uint32_t key = column < blocks.length ? space.keys[column] : 0;
+    if (!__any_sync(kWholeWarp, key != 0)) continue;
+    int rank = 0;
+    const int own = column / 4;
+    for (int q = blocks.first / 4 + member; 4 * q < blocks.length; q += team) {
+      const uint4 quad = quads[q];
+      // Equal keys of lower columns go before this one.
+      const uint32_t above = q < own ? key - 1 : key;
+      rank += (quad.x > above) + (quad.y > above) + (quad.z > above) + (quad.w > above);
+    }
+    if (member == 0) {
+      for (int c = 4 * own; c < column; ++c) rank += space.keys[c] == key;
+    }
+    for (int step = 1; step < team; step *= 2) rank += __shfl_xor_sync(kWholeWarp, rank, step);
+    if (member == 0 && key != 0 && rank < lookahead) space.lookahead[rank] = column;
+  }
+}
+
+// For long windows: the best of each of 32 runs of columns, and the best of those again and again.
+__device__ inline void rank_by_runs(const Blocks& blocks, int lookahead, const SelectSpace& space) {
+  const int origin = blocks.first / 32 * 32, lane = lane_index();
+  const int run_columns = (blocks.length - origin + 1023) / 1024 * 32;
+  auto best_of_run = [&](int run) {
+    const int64_t begin = origin + static_cast<int64_t>(run) * run_columns;
+    return best_column(space.keys, static_cast<int>(smaller<int64_t>(begin, blocks.length)),
+                       static_cast<int>(smaller<int64_t>(begin + run_columns, blocks.length)));
+  };
+  for (int run = warp_index(); run < 32; run += warp_count()) {
+    const Best best = best_of_run(run);
+    if (lane == 0) {
+      space.heads[run] = best.key;
+      space.heads[32 + run] = best.column;
+    }
+  }
+  __syncthreads();
+  if (warp_index() != 0) return;
+  Best head = {space.heads[lane], static_cast<int>(space.heads[32 + lane])};
+  for (int rank = 0; rank < lookahead; ++rank) {
+    __syncwarp();
+    const uint32_t highest = __reduce_max_sync(kWholeWarp, head.key);
+    if (highest == 0) return;
+    const int column = __reduce_min_sync(kWholeWarp, head.key == highest ? head.column : INT_MAX);
+    if (lane == 0) {
+      space.lookahead[rank] = column;
+      space.keys[column] = 0;
+    }
+    __syncwarp();
+    const int run = (column - origin) / run_columns;
+    const Best next = best_of_run(run);
+    if (lane == run) head = next;
+  }
+}
+
+// By the whole CTA. Masks and the first min(rest, lookahead) entries of space.lookahead are final,
+// and visible to all threads, when it returns; `values` may be null.
+__device__ inline Selected select_columns(const Columns& columns, const Blocks& blocks,
+                                          int lookahead, int tail, const SelectConfig& config,
+                                          int64_t eos_id, const SelectSpace& space,
+                                          int64_t* values) {
+  read_columns(columns, blocks, config, eos_id, space, values);
+  __syncthreads();
+  fill_fallbacks(blocks, config, space);
+  __syncthreads();
+  const Selected selected = summarize(blocks, tail, space);
+  if (lookahead > 0 && selected.rest > 0) {
+    // Counting costs about n^2 / 57 cycles, a rank by runs about 170.
+    const int64_t n = blocks.length - blocks.first;
+    if (n * n <= int64_t{8192} * lookahead) {
+      rank_by_counting(blocks, lookahead, space);
+    } else {
+      rank_by_runs(blocks, lookahead, space);
+    }
+  }
+  __syncthreads();
+  return selected;
+}
+
+}  // namespace branch
+}  // namespace lopa

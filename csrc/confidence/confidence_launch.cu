@@ -1,0 +1,95 @@
+// Grids, shared memory and instantiations of the vocabulary pass and of the merge.
+#include <algorithm>
+
+#include "confidence/confidence_launch.h"
+#include "confidence/merge_policies.h"
+#include "lopa/cuda.h"
+
+namespace lopa {
+namespace confidence {
+namespace {
+
+template <typename Merge>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_kernel(const __grid_constant__ VocabularyArgs args, const StatsOutput out) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  release_successor();
+  wait_for_predecessor();
+  Merge::merge_rows(args, out, 0, list_length(args), blockIdx.x, gridDim.x,
+                    reinterpret_cast<char*>(shared));
+}
+
+size_t shared_memory_limit() {
+  static int limits[kMaxDevices] = {};
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  int& limit = limits[device % kMaxDevices];
+  if (limit == 0) {
+    check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               "cudaDeviceGetAttribute");
+  }
+  return static_cast<size_t>(limit);
+}
+
+// Three tiles a warp on chips that have the memory, as many as fit on others (cp.async counts at
+// most three), and fewer warps where not even two fit.
+template <typename T, bool kSecond, bool kWeighted>
+void launch_pass(const VocabularyArgs& args, cudaStream_t stream) {
+  const size_t limit = shared_memory_limit();
+  int warps = kPassThreads<T> / 32;
+  while (warps > 1 && warps * 2 * kStageBytes<T> > limit) warps /= 2;
+  const int stages = static_cast<int>(std::min<size_t>(3, limit / (warps * kStageBytes<T>)));
+  const size_t shared = warps * stages * kStageBytes<T>;
+  constexpr auto kernel = vocabulary_pass_kernel<T, kSecond, kWeighted>;
+  allow_shared_memory<kernel>(shared);
+  const int64_t items = args.capacity * args.tiles;
+  const int64_t ctas = std::min<int64_t>(multiprocessors(), std::max<int64_t>(1, items));
+  launch("vocabulary_pass", kernel, dim3(static_cast<unsigned>(ctas)), dim3(warps * 32), shared,
+         stream, true, args, stages);
+}
+
+template <typename T>
+void launch_pass_of(const VocabularyArgs& args, cudaStream_t stream) {
+  const bool second = args.wants_second();
+  // The filters form their own sums.
+  const bool weighted = args.wants_weighted() && !args.filtered;
+  if (second && weighted) {
+    launch_pass<T, true, true>(args, stream);
+  } else if (second) {
+    launch_pass<T, true, false>(args, stream);
+  } else if (weighted) {
+    launch_pass<T, false, true>(args, stream);
+  } else {
+    launch_pass<T, false, false>(args, stream);
+  }
+}
+
+}  // namespace
+
+void launch_vocabulary_pass(const VocabularyArgs& args, cudaStream_t stream) {
+  switch (args.logits.dtype) {
+    case FloatType::kBFloat16:
+      return launch_pass_of<__nv_bfloat16>(args, stream);
+    case FloatType::kHalf:
+      return launch_pass_of<__half>(args, stream);
+    case FloatType::kFloat:
+      return launch_pass_of<float>(args, stream);
+  }
+}
+
+void launch_merge(const VocabularyArgs& args, const StatsOutput& out, cudaStream_t stream) {
+  with_merge(args, [&]<typename Merge>() {
+    constexpr auto kernel = merge_kernel<Merge>;
+    if (Merge::kSharedBytes > 48 * 1024) allow_shared_memory<kernel>(Merge::kSharedBytes);
+    constexpr int64_t kRowsPerCta = Merge::kSharedBytes == 0 ? kMergeThreads / 32 : 1;
+    // A few waves of CTAs, which stride over the rows that are left.
+    const int64_t wanted = (args.capacity + kRowsPerCta - 1) / kRowsPerCta;
+    const int64_t most = int64_t{8} * multiprocessors();
+    const int64_t ctas = std::clamp<int64_t>(wanted, 1, most);
+    launch("merge", kernel, dim3(static_cast<unsigned>(ctas)), dim3(kMergeThreads),
+           Merge::kSharedBytes, stream, true, args, out);
+  });
+}
+
+}  // namespace confidence
+}  // namespace lopa

@@ -1,0 +1,236 @@
+// Grids and vector widths of the KV-cache kernels.
+#include <algorithm>
+#include <bit>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "kv_cache/kv_cache_kernel.cuh"
+#include "kv_cache/kv_cache_launch.h"
+#include "lopa/cuda.h"
+
+namespace lopa {
+namespace {
+
+using namespace kv_cache;
+
+constexpr int64_t kMaxGridY = 65535;
+// Blocks of a multiprocessor. A commit's are all resident, each with up to four vectors a thread in
+// flight; a Pre-Write's threads mostly have one turn.
+constexpr int64_t kCommitBlocks = 4;
+constexpr int64_t kPrewriteBlocks = 8;
+// Beyond this the columns of 32 sequences could number more than 2^31.
+constexpr int64_t kMaxGroupedWindow = 1 << 26;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+uint32_t narrow(const char* what, int64_t value) {
+  if (value > std::numeric_limits<int32_t>::max()) {
+    throw std::runtime_error("kv_cache: " + std::string(what) +
+                             ": expected at most 2^31 - 1, got " + std::to_string(value));
+  }
+  return static_cast<uint32_t>(value);
+}
+
+// The bytes, up to 16, that all addresses and distances of an access are multiples of.
+class Alignment {
+ public:
+  void add(int64_t bytes) { bits_ |= static_cast<uint64_t>(bytes); }
+  void add(const void* address) { bits_ |= reinterpret_cast<uintptr_t>(address); }
+
+  // A stride over one element is never taken.
+  void add_stride(int64_t size, int64_t bytes) {
+    if (size > 1) add(bytes);
+  }
+
+  void add(const KvRowsView& view, const KvSizes& s, int64_t heads, int64_t element) {
+    const int64_t size[] = {s.batch, s.branches, s.window, heads};
+    add(view.data);
+    for (int d = 0; d < 4; ++d) add_stride(size[d], view.stride[d] * element);
+  }
+
+  void add(const KvWindowView& view, const KvSizes& s, int64_t heads, int64_t element) {
+    const int64_t size[] = {s.layers, s.batch, s.branches, s.window, heads};
+    add(view.data);
+    for (int d = 0; d < 5; ++d) add_stride(size[d], view.stride[d] * element);
+  }
+
+  void add(const KvCacheView& view, const KvSizes& s, int64_t heads, int64_t element) {
+    const int64_t size[] = {s.layers, s.batch, s.capacity, heads};
+    add(view.data);
+    for (int d = 0; d < 4; ++d) add_stride(size[d], view.stride[d] * element);
+  }
+
+  int64_t bytes() const { return static_cast<int64_t>(bits_ & (~bits_ + 1)); }
+
+ private:
+  uint64_t bits_ = 16;
+};
+
+Divisor make_divisor(const char* what, int64_t value) {
+  Divisor divisor{};
+  divisor.value = narrow(what, std::max<int64_t>(value, 1));
+  const uint32_t bits = std::bit_width(divisor.value - 1);
+  divisor.shift = 31 + bits;
+  divisor.multiplier =
+      static_cast<uint32_t>(((uint64_t{1} << divisor.shift) + divisor.value - 1) / divisor.value);
+  return divisor;
+}
+
+Walk make_walk(int64_t rows, int64_t pieces, int64_t parts) {
+  Walk walk{make_divisor("heads", rows), make_divisor("head_dim", pieces), {}};
+  const int64_t vectors = parts * kThreads;
+  const int64_t step = vectors / walk.pieces.value;
+  walk.step = {static_cast<uint32_t>(step / walk.rows.value),
+               static_cast<uint32_t>(step % walk.rows.value),
+               static_cast<uint32_t>(vectors % walk.pieces.value)};
+  return walk;
+}
+
+// The blocks that share `vectors`, at most one a kThreads of them and at least one.
+int64_t parts_of(int64_t vectors, int64_t most) {
+  return std::clamp<int64_t>(ceil_div(vectors, kThreads), 1, std::max<int64_t>(most, 1));
+}
+
+CommitSide make_side(const KvWindowView& window, const KvCacheView& cache, int64_t element) {
+  CommitSide side{};
+  side.window = static_cast<const char*>(window.data);
+  side.cache = static_cast<char*>(cache.data);
+  for (int d = 0; d < 5; ++d) side.window_stride[d] = window.stride[d] * element;
+  for (int d = 0; d < 4; ++d) side.cache_stride[d] = cache.stride[d] * element;
+  return side;
+}
+
+template <typename Vector>
+void commit(const CommitArgs& args, dim3 grid, cudaStream_t stream) {
+  launch("kv_commit_", kv_commit_kernel<Vector>, grid, dim3(kThreads), 0, stream, true, args);
+}
+
+template <typename T, int N>
+void prewrite(const PrewriteArgs& args, dim3 grid, cudaStream_t stream) {
+  auto kernel = args.params.cos_sin != nullptr ? kv_prewrite_kernel<T, N, true>
+                                               : kv_prewrite_kernel<T, N, false>;
+  launch("kv_prewrite_", kernel, grid, dim3(kThreads), 0, stream, true, args);
+}
+
+template <typename T>
+void prewrite(int64_t elements, const PrewriteArgs& args, dim3 grid, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (elements == 8) return prewrite<T, 8>(args, grid, stream);
+  }
+  if (elements == 4) return prewrite<T, 4>(args, grid, stream);
+  if (elements == 2) return prewrite<T, 2>(args, grid, stream);
+  prewrite<T, 1>(args, grid, stream);
+}
+
+// How many neighbouring elements one access takes.
+int64_t prewrite_elements(const KvPrewriteParams& p) {
+  const KvSizes& s = p.sizes;
+  const int64_t element = element_size(s.type);
+  const bool rotates = p.cos_sin != nullptr;
+  Alignment alignment;
+  alignment.add((rotates ? s.head_dim / 2 : s.head_dim) * element);
+  alignment.add(p.k, s, s.kv_heads, element);
+  alignment.add(p.v, s, s.kv_heads, element);
+  alignment.add(p.k_window, s, s.kv_heads, element);
+  alignment.add(p.v_window, s, s.kv_heads, element);
+  if (s.q_heads > 0) {
+    alignment.add(p.q, s, s.q_heads, element);
+    alignment.add(p.q_out, s, s.q_heads, element);
+  }
+  if (p.commit_len != nullptr) {
+    alignment.add(p.k_cache, s, s.kv_heads, element);
+    alignment.add(p.v_cache, s, s.kv_heads, element);
+  }
+  int64_t elements = std::max<int64_t>(alignment.bytes() / element, 1);
+  if (!rotates) return elements;
+  Alignment table;
+  table.add(p.cos_sin);
+  table.add(s.head_dim / 2 * int64_t{4});
+  table.add_stride(p.max_position, p.cos_sin_stride * 4);
+  while (elements > 1 && table.bytes() < std::min<int64_t>(elements * 4, 16)) elements /= 2;
+  return elements;
+}
+
+}  // namespace
+
+void launch_kv_prewrite(const KvPrewriteParams& params, int32_t* status, int64_t status_stride,
+                        cudaStream_t stream) {
+  const KvSizes& s = params.sizes;
+  const int64_t elements = prewrite_elements(params);
+  const int64_t rows = s.q_heads + 2 * s.kv_heads;
+  const int64_t pieces = s.head_dim / elements / (params.cos_sin != nullptr ? 2 : 1);
+  const int64_t vectors = s.branches > 0 ? s.window * rows * pieces : 0;
+  if (s.batch == 0 || (vectors == 0 && status == nullptr)) return;
+  PrewriteArgs args{};
+  args.params = params;
+  args.status = {status, status_stride};
+  args.columns = vectors > 0 ? narrow("window", s.window) : 0;
+  args.branches = make_divisor("branches", s.branches);
+  const int64_t slots = s.batch * args.branches.value;
+  args.slots = narrow("batch * branches", slots);
+  const int64_t parts = parts_of(vectors, ceil_div(kPrewriteBlocks * multiprocessors(), slots));
+  args.walk = make_walk(rows, pieces, parts);
+  const dim3 grid(static_cast<unsigned>(parts),
+                  static_cast<unsigned>(std::min<int64_t>(slots, kMaxGridY)));
+  if (s.type == FloatType::kFloat) {
+    prewrite<float>(elements, args, grid, stream);
+  } else if (s.type == FloatType::kHalf) {
+    prewrite<Half>(elements, args, grid, stream);
+  } else {
+    prewrite<BFloat16>(elements, args, grid, stream);
+  }
+}
+
+void launch_kv_commit(const KvCommitParams& params, int32_t* status, int64_t status_stride,
+                      cudaStream_t stream) {
+  const KvSizes& s = params.sizes;
+  const int64_t element = element_size(s.type);
+  auto packed = [&](int64_t stride) { return s.kv_heads == 1 || stride == s.head_dim; };
+  // The heads of a column as one row, where all four tensors have them so.
+  const bool dense = packed(params.k_window.stride[4]) && packed(params.v_window.stride[4]) &&
+                     packed(params.k_cache.stride[3]) && packed(params.v_cache.stride[3]);
+  const int64_t rows = dense ? 1 : s.kv_heads;
+  const int64_t row_bytes = (dense ? s.kv_heads : 1) * s.head_dim * element;
+  Alignment alignment;
+  alignment.add(row_bytes);
+  alignment.add(params.k_window, s, rows, element);
+  alignment.add(params.v_window, s, rows, element);
+  alignment.add(params.k_cache, s, rows, element);
+  alignment.add(params.v_cache, s, rows, element);
+  const int64_t bytes = std::max<int64_t>(alignment.bytes(), 2);
+  const int64_t pieces = row_bytes / bytes;
+  const int64_t columns = s.batch * std::min(s.window, s.capacity);
+  const int64_t vectors = s.layers * s.branches > 0 ? columns * rows * pieces : 0;
+  if (s.batch == 0 || (vectors == 0 && status == nullptr)) return;
+
+  CommitArgs args{};
+  args.side[0] = make_side(params.k_window, params.k_cache, element);
+  args.side[1] = make_side(params.v_window, params.v_cache, element);
+  args.units = vectors > 0 ? 2 * s.layers : 0;
+  args.batch = s.batch;
+  args.branches = s.branches;
+  args.window = s.window;
+  args.capacity = s.capacity;
+  args.winner = params.winner;
+  args.cache_len = params.cache_len;
+  args.commit_len = params.commit_len;
+  args.status = {status, status_stride};
+  args.group = s.batch > 1 && s.window <= kMaxGroupedWindow ? 32 : 1;
+  const int64_t units = std::max<int64_t>(args.units, 1);
+  const int64_t parts = parts_of(vectors, kCommitBlocks * multiprocessors() / units);
+  args.walk = make_walk(rows, pieces, parts);
+  const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(std::min(units, kMaxGridY)));
+  switch (bytes) {
+    case 16:
+      return commit<uint4>(args, grid, stream);
+    case 8:
+      return commit<uint2>(args, grid, stream);
+    case 4:
+      return commit<uint32_t>(args, grid, stream);
+    default:
+      return commit<uint16_t>(args, grid, stream);
+  }
+}
+
+}  // namespace lopa

@@ -1,0 +1,526 @@
+"""The branch room in Triton, and the device functions that a round shares with it.
+
+A window is worked on as a tile of its blocks, a row each (:func:`block_columns`), so that what the
+rules ask of a block is a reduction along a row. Integers that only say how large something is, and
+switches, are arguments; constants of the compilation are the sizes of tiles, so that states of
+many shapes share few kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import struct
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lopa_kernels._dispatch import implements_triton
+from lopa_kernels.config import ACCEPTS, FALLBACKS, REDUCTIONS
+
+# Above every column, and below the key of every score.
+NO_COLUMN = tl.constexpr(2**31 - 1)
+LOWEST_KEY = tl.constexpr(-(2**31))
+
+MEAN = tl.constexpr(REDUCTIONS.index("mean"))
+BOTTOM = tl.constexpr(REDUCTIONS.index("bottom"))
+GROUP = tl.constexpr(REDUCTIONS.index("group"))
+MIN = tl.constexpr(REDUCTIONS.index("min"))
+
+# Elements of a tile that one thread holds, roughly; counts of columns are added up 16 bits wide.
+ELEMENTS_PER_THREAD = 8
+MAX_WARPS = 16
+MAX_WINDOW = 32768
+
+
+@triton.jit
+def rankable(score: Any) -> Any:
+    """NaN ranks below every number."""
+    return tl.where(score == score, score, float("-inf"))
+
+
+@triton.jit
+def score_key(score: Any) -> Any:
+    """int32 in the order of the scores: NaN is -inf, and -0 equals +0."""
+    value = rankable(score)
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def key_score(key: Any) -> Any:
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def as_double(bits: Any) -> Any:
+    """A double that came as its bits: Triton passes Python floats in single precision."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def reduce_scores(
+    score: Any,
+    is_open: Any,
+    scratch: Any,
+    group: Any,
+    fraction: Any,
+    REDUCTION: tl.constexpr,
+) -> Any:
+    """F of each row of a tile [branches, columns], in double; `score` rankable.
+
+    `scratch` points to a row of fp32 for each branch, used by "group".
+    """
+    n = tl.sum(is_open.to(tl.int32), 1)
+    divisor = tl.maximum(n, 1).to(tl.float64)
+    lowest = tl.min(tl.where(is_open, score, float("inf")), 1)
+    reduced = lowest.to(tl.float64)
+    if REDUCTION == MEAN or REDUCTION == GROUP:
+        reduced = tl.sum(tl.where(is_open, score, 0.0).to(tl.float64), 1) / divisor
+    if REDUCTION == BOTTOM:
+        m = (n.to(tl.float64) * fraction).to(tl.int32)
+        m = tl.maximum(tl.minimum(m, n), 1)
+        # The key of the m-th lowest score, bit by bit: the largest with fewer than m below it.
+        key = tl.where(is_open, score_key(score), NO_COLUMN)
+        below = tl.sum((key < 0).to(tl.int32), 1)
+        bound = tl.where(below < m, 0, LOWEST_KEY)
+        for i in range(31):
+            higher = bound + (1 << (30 - i))
+            below = tl.sum((key < higher[:, None]).to(tl.int32), 1)
+            bound = tl.where(below < m, higher, bound)
+        is_below = key < bound[:, None]
+        equal = m - tl.sum(is_below.to(tl.int32), 1)
+        total = tl.sum(tl.where(is_below, score, 0.0).to(tl.float64), 1)
+        total += equal.to(tl.float64) * key_score(bound).to(tl.float64)
+        reduced = total / m.to(tl.float64)
+    if REDUCTION == GROUP:
+        # One after another, as the rolling sum's rounding is part of the result.
+        at = tl.cumsum(is_open.to(tl.int32), 1) - 1
+        tl.store(scratch[:, None] + at, score, is_open)
+        tl.debug_barrier()
+        rolling = tl.zeros_like(reduced)
+        least = tl.zeros_like(reduced)
+        for i in range(tl.max(n, 0)):
+            past = tl.zeros_like(n) + i - group
+            entering = tl.load(scratch + i, i < n, 0.0).to(tl.float64)
+            leaving = tl.load(scratch + past, (past >= 0) & (i < n), 0.0).to(tl.float64)
+            rolling += entering - leaving
+            least = tl.where((past < 0) | (rolling < least), rolling, least)
+        reduced = tl.where(n < group, reduced, least / group.to(tl.float64))
+    # A -inf lies in some group and in every bottom share, and would turn sums into NaN.
+    reduced = tl.where(lowest == float("-inf"), float("-inf"), reduced)
+    return tl.where(n == 0, 1.0, reduced)
+
+
+@triton.jit
+def blend(creation: Any, reduced: Any, alpha: Any) -> Any:
+    """C = alpha * creation + (1 - alpha) * F; a term of weight 0 is left out, infinite or not."""
+    other = creation.to(tl.float64)
+    mixed = alpha * other + (1.0 - alpha) * reduced
+    return tl.where(alpha <= 0.0, reduced, tl.where(alpha >= 1.0, other, mixed)).to(tl.float32)
+
+
+@triton.jit
+def block_columns(
+    offset: Any, block_size: Any, window: Any, BLOCKS: tl.constexpr, SPAN: tl.constexpr
+) -> Any:
+    """Columns of a window as a tile of its blocks [BLOCKS, SPAN]; and the columns of a row.
+
+    Column c is generated position c + offset. A row has the columns of one block, of which the
+    first and last may lie outside the window; what a row has beyond its block is column -1. A
+    window narrower than a block is in two blocks at most, which then begin where they meet.
+    """
+    phase = (offset % block_size).to(tl.int32)
+    phase = tl.where(phase < 0, phase + block_size, phase)
+    span = tl.minimum(block_size, window)
+    phase = tl.where(block_size > window, tl.maximum(window - block_size + phase, 0), phase)
+    at = tl.arange(0, SPAN)[None, :]
+    column = tl.arange(0, BLOCKS)[:, None] * span + at - phase
+    return tl.where(at < span, column, -1), span
+
+
+@triton.jit
+def fill_columns(
+    column: Any,
+    is_open: Any,
+    open_before: Any,
+    token: Any,
+    prob: Any,
+    score: Any,
+    block_size: Any,
+    act_count: Any,
+    mask_id: Any,
+    tau_conf: Any,
+    by_score: Any,
+    by_window: Any,
+) -> Any:
+    """Step 5 of the round on a tile of blocks: the columns to fill, and the keys of the others.
+
+    `open_before` marks the open columns of the block before each row's. A column that is filled or
+    cannot be has the lowest key.
+    """
+    # A prediction of the mask itself, or of no token, fills nothing.
+    fillable = is_open & (token >= 0) & (token != mask_id)
+    key = tl.where(fillable, score_key(score), LOWEST_KEY)
+    accepted = fillable & (tl.where(by_score != 0, score, prob) > tau_conf)
+    accepts = tl.max(accepted.to(tl.int32), 1)
+    activated = block_size - tl.sum(open_before.to(tl.int32), 1) >= act_count
+    best_key = tl.max(key, 1)
+    best = tl.min(tl.where(fillable & (key == best_key[:, None]), column, NO_COLUMN), 1)
+    forced = tl.where((accepts == 0) & activated, best, NO_COLUMN)
+    if by_window != 0:
+        top = tl.min(tl.where(best_key == tl.max(best_key, 0), best, NO_COLUMN), 0)
+        forced = tl.where((best == top) & (tl.max(accepts, 0) == 0), best, NO_COLUMN)
+    fill = accepted | (column == forced[:, None])
+    return fill, tl.where(fill, LOWEST_KEY, key)
+
+
+@triton.jit
+def lookahead_slots(column: Any, key: Any, count: Any) -> Any:
+    """Step 6: slot 1..count of the best columns by key, ties to the lowest column; -1 elsewhere.
+
+    At least `count` keys are above the lowest.
+    """
+    slot = tl.full(column.shape, -1, tl.int32)
+    for k in range(1, count + 1):
+        top = tl.max(key)
+        best = column == tl.min(tl.where(key == top, column, NO_COLUMN))
+        slot = tl.where(best, k, slot)
+        key = tl.where(best, LOWEST_KEY, key)
+    return slot
+
+
+@triton.jit(do_not_specialize=["slots", "window", "group", "fraction_bits", "alpha_bits"])
+def _branch_confidence_kernel(
+    score: Any,
+    opened: Any,
+    creation: Any,
+    branches: Any,
+    length: Any,
+    out: Any,
+    scratch: Any,
+    slots: tl.int32,
+    window: tl.int32,
+    group: tl.int32,
+    fraction_bits: tl.int64,
+    alpha_bits: tl.int64,
+    HAS_BRANCHES: tl.constexpr,
+    HAS_LENGTH: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    WINDOW: tl.constexpr,
+) -> None:
+    i = tl.program_id(0).to(tl.int64)
+    columns = window
+    if HAS_LENGTH:
+        columns = tl.minimum(tl.load(length + i), window)
+    at = i * window + tl.arange(0, WINDOW)[None, :]
+    inside = tl.arange(0, WINDOW)[None, :] < columns
+    is_open = tl.load(opened + at, inside, 0) != 0
+    value = rankable(tl.load(score + at, is_open, 0.0))
+    row = i * window + tl.arange(0, 1)
+    fraction = as_double(fraction_bits)
+    reduced = reduce_scores(value, is_open, scratch + row, group, fraction, REDUCTION)
+    confidence = blend(tl.load(creation + i), reduced, as_double(alpha_bits))
+    confidence = tl.where(columns <= 0, 1.0, confidence)
+    if HAS_BRANCHES:
+        live = i % slots < tl.load(branches + i // slots)
+        confidence = tl.where(live, confidence, float("-inf"))
+    tl.store(out + i + tl.arange(0, 1), confidence)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "window",
+        "lookahead",
+        "block_size",
+        "act_count",
+        "mask_id",
+        "tau_conf",
+        "by_score",
+        "by_window",
+    ]
+)
+def _select_positions_kernel(
+    token: Any,
+    prob: Any,
+    score: Any,
+    tokens: Any,
+    length: Any,
+    cache_len: Any,
+    prompt_len: Any,
+    fill_out: Any,
+    columns_out: Any,
+    filled_out: Any,
+    window: tl.int32,
+    lookahead: tl.int32,
+    block_size: tl.int32,
+    act_count: tl.int32,
+    mask_id: tl.int64,
+    tau_conf: Any,
+    by_score: tl.int32,
+    by_window: tl.int32,
+    BLOCKS: tl.constexpr,
+    SPAN: tl.constexpr,
+    LOOKAHEAD: tl.constexpr,
+) -> None:
+    b = tl.program_id(0).to(tl.int64)
+    columns = tl.load(length + b)
+    # The CPU raises; here such a sequence selects nothing.
+    columns = tl.where((columns < 0) | (columns > window), 0, columns)
+    offset = tl.load(cache_len + b).to(tl.int64) - tl.load(prompt_len + b).to(tl.int64)
+    first = tl.maximum(-offset, 0)
+    column, span = block_columns(offset, block_size, window, BLOCKS, SPAN)
+    before = column - span
+    at = b * window + column
+    inside = (column >= 0) & (column < window)
+    in_block = inside & (column >= first) & (column < columns)
+    is_open = in_block & (tl.load(tokens + at, in_block, 0) == mask_id)
+    has_before = (before >= first) & (before < columns)
+    open_before = has_before & (tl.load(tokens + at - span, has_before, 0) == mask_id)
+    own_token = tl.load(token + at, is_open, 0)
+    own_prob = tl.load(prob + at, is_open, 0.0)
+    own_score = tl.load(score + at, is_open, 0.0)
+    fill, key = fill_columns(
+        column,
+        is_open,
+        open_before,
+        own_token,
+        own_prob,
+        own_score,
+        block_size,
+        act_count,
+        mask_id,
+        tau_conf,
+        by_score,
+        by_window,
+    )
+    ranked = tl.minimum(tl.sum((key > LOWEST_KEY).to(tl.int32)), lookahead)
+    slot = lookahead_slots(column, key, ranked)
+    tl.store(fill_out + at, fill, inside)
+    tl.store(filled_out + b, tl.sum(fill.to(tl.int32)))
+    tl.store(columns_out + b * lookahead + slot - 1, column, slot > 0)
+    rank = tl.arange(0, LOOKAHEAD)
+    none = (rank >= ranked) & (rank < lookahead)
+    tl.store(columns_out + b * lookahead + rank, tl.full([LOOKAHEAD], -1, tl.int32), none)
+
+
+@triton.jit(do_not_specialize=["slots", "window", "eos_id"])
+def _spawn_branches_kernel(
+    tokens: Any,
+    eos: Any,
+    token: Any,
+    score: Any,
+    columns: Any,
+    out_tokens: Any,
+    out_creation: Any,
+    out_eos: Any,
+    out_branches: Any,
+    slots: tl.int32,
+    window: tl.int32,
+    eos_id: tl.int64,
+    WINDOW: tl.constexpr,
+    LOOKAHEAD: tl.constexpr,
+) -> None:
+    b = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1)
+    rank = tl.arange(0, LOOKAHEAD)
+    listed = tl.load(columns + b * (slots - 1) + rank, rank < slots - 1, -1)
+    # The first -1 ends the ranking: live slots are contiguous. The CPU raises on a column beyond
+    # the window, which here ends it too.
+    ends = (listed < 0) | (listed >= window)
+    live = 1 + tl.min(tl.where(ends, tl.minimum(rank, slots - 1), slots - 1), 0)
+    spawned = (k > 0) & (k < live)
+    column = tl.load(columns + b * (slots - 1) + k - 1, spawned, -1)
+    own_token = tl.load(token + b * window + column, spawned, 0)
+    creation = tl.load(score + b * window + column, spawned, 0.0)
+    has_eos = tl.load(eos + b) != 0
+    at = tl.arange(0, WINDOW)
+    window_tokens = tl.load(tokens + b * window + at, at < window, 0)
+    window_tokens = tl.where(at == column, own_token, window_tokens)
+    row = b * slots + k
+    tl.store(out_tokens + row * window + at, window_tokens, at < window)
+    tl.store(out_creation + row, tl.where(k == 0, 1.0, creation))
+    is_eos = (eos_id >= 0) & (own_token == eos_id)
+    tl.store(out_eos + row, (has_eos & (k < live)) | (is_eos & spawned))
+    tl.store(out_branches + b, live, k == 0)
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    device: Any = torch.get_device_module(tensor.device)
+    return device.device(tensor.device)
+
+
+def warps(elements: int) -> int:
+    """Warps for a tile of so many elements."""
+    return min(max(elements // (32 * ELEMENTS_PER_THREAD), 1), MAX_WARPS)
+
+
+def power_of_two(n: int) -> int:
+    """The least that is not below `n`; Triton's tiles are powers of two."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def block_tile(block_size: int, window: int) -> tuple[int, int]:
+    """BLOCKS and SPAN of :func:`block_columns`, for any position of the blocks."""
+    span = max(min(block_size, window), 1)
+    return power_of_two(-(-(window + span - 1) // span)), power_of_two(span)
+
+
+def double_bits(value: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def single(value: float) -> float:
+    """Rounded to single precision, beyond its range to infinity."""
+    return ctypes.c_float(value).value
+
+
+def least_count(share: float, block_size: int) -> int:
+    """The least n with n / block_size >= share, in double as everywhere."""
+    n = max(int(share * block_size) - 1, 0)
+    while n <= block_size and n / block_size < share:
+        n += 1
+    return n
+
+
+def reduction_code(reduction: str, fraction: float) -> int:
+    # All of the lowest scores are all scores.
+    return REDUCTIONS.index("mean" if reduction == "bottom" and fraction >= 1.0 else reduction)
+
+
+def check_window(op: str, window: int) -> None:
+    if window > MAX_WINDOW:
+        raise RuntimeError(f"{op}: window: expected at most {MAX_WINDOW} columns, got {window}")
+
+
+@implements_triton("branch_confidence")
+def branch_confidence(
+    score: torch.Tensor,
+    open: torch.Tensor,
+    creation: torch.Tensor,
+    branches: torch.Tensor | None = None,
+    length: torch.Tensor | None = None,
+    reduction: str = "mean",
+    fraction: float = 1.0,
+    group: int | None = None,
+    alpha: float = 0.0,
+) -> torch.Tensor:
+    batch, slots, window = score.shape
+    check_window("branch_confidence", window)
+    score, open, creation = score.contiguous(), open.contiguous(), creation.contiguous()
+    out = torch.empty_like(creation)
+    if out.numel() == 0:
+        return out
+    scratch = torch.empty_like(score) if reduction == "group" else out
+    columns = power_of_two(window)
+    with on_device(score):
+        _branch_confidence_kernel[(batch * slots,)](
+            score,
+            open,
+            creation,
+            out if branches is None else branches.contiguous(),
+            out if length is None else length.contiguous(),
+            out,
+            scratch,
+            slots,
+            window,
+            group or 1,
+            double_bits(fraction),
+            double_bits(alpha),
+            HAS_BRANCHES=branches is not None,
+            HAS_LENGTH=length is not None,
+            REDUCTION=reduction_code(reduction, fraction),
+            WINDOW=columns,
+            num_warps=warps(columns),
+            enable_fp_fusion=False,
+        )
+    return out
+
+
+@implements_triton("select_positions")
+def select_positions(
+    token: torch.Tensor,
+    prob: torch.Tensor,
+    score: torch.Tensor,
+    tokens: torch.Tensor,
+    length: torch.Tensor,
+    cache_len: torch.Tensor,
+    prompt_len: torch.Tensor,
+    lookahead: int,
+    tau_conf: float,
+    tau_act: float,
+    block_size: int,
+    mask_id: int,
+    accept: str,
+    fallback: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, window = tokens.shape
+    check_window("select_positions", window)
+    inputs = (token, prob, score, tokens, length, cache_len, prompt_len)
+    fill = torch.empty((batch, window), dtype=torch.bool, device=tokens.device)
+    columns = torch.empty((batch, lookahead), dtype=torch.int32, device=tokens.device)
+    filled = torch.empty((batch,), dtype=torch.int32, device=tokens.device)
+    if batch == 0:
+        return fill, columns, filled
+    blocks, span = block_tile(block_size, window)
+    with on_device(tokens):
+        _select_positions_kernel[(batch,)](
+            *(tensor.contiguous() for tensor in inputs),
+            fill,
+            columns,
+            filled,
+            window,
+            lookahead,
+            block_size,
+            least_count(tau_act, block_size),
+            mask_id,
+            single(tau_conf),
+            ACCEPTS.index(accept),
+            FALLBACKS.index(fallback),
+            BLOCKS=blocks,
+            SPAN=span,
+            LOOKAHEAD=power_of_two(lookahead),
+            num_warps=warps(blocks * span),
+        )
+    return fill, columns, filled
+
+
+@implements_triton("spawn_branches")
+def spawn_branches(
+    tokens: torch.Tensor,
+    eos: torch.Tensor,
+    token: torch.Tensor,
+    score: torch.Tensor,
+    columns: torch.Tensor,
+    eos_id: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, window = tokens.shape
+    check_window("spawn_branches", window)
+    slots = columns.shape[1] + 1
+    inputs = (tokens, eos, token, score, columns)
+    device = tokens.device
+    out_tokens = torch.empty((batch, slots, window), dtype=torch.int64, device=device)
+    creation = torch.empty((batch, slots), dtype=torch.float32, device=device)
+    out_eos = torch.empty((batch, slots), dtype=torch.bool, device=device)
+    branches = torch.empty((batch,), dtype=torch.int32, device=device)
+    if batch > 0:
+        with on_device(tokens):
+            _spawn_branches_kernel[(batch, slots)](
+                *(tensor.contiguous() for tensor in inputs),
+                out_tokens,
+                creation,
+                out_eos,
+                branches,
+                slots,
+                window,
+                eos_id,
+                WINDOW=power_of_two(window),
+                LOOKAHEAD=power_of_two(slots - 1),
+                num_warps=warps(window),
+            )
+    return out_tokens, creation, out_eos, branches
