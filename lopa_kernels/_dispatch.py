@@ -78,8 +78,8 @@ def native(*ops: str) -> None:
 
 
 # Triton's operators are torch.ops.lopa_triton.*, of the same schemas, so that compilers see one
-# node with declared mutation. Where a device has no native kernel they stand in for torch.ops.lopa.*
-# as well.
+# node with declared mutation. Where a device has no native kernel they stand in for
+# torch.ops.lopa.* as well.
 _triton_library = torch.library.Library("lopa_triton", "DEF")
 _fallback_library = torch.library.Library("lopa", "IMPL")
 _triton_loaded = False

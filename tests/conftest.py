@@ -54,7 +54,7 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     on the CPU those are poisoned by the tests that hand them buffers.
     """
     previous = torch.utils.deterministic.fill_uninitialized_memory
-    _poison(not request.config.getoption("--no-poison"))
+    _poison(not request.config.getoption("--no-poison", default=False))
     yield
     _poison(False)
     torch.utils.deterministic.fill_uninitialized_memory = previous

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
+from targets import Target, cpu
 
 from lopa_kernels import LopaConfig, LopaState, LopaStep
 
@@ -22,6 +23,14 @@ class Drawn(NamedTuple):
     config: LopaConfig
 
 
+#: settings that Triton's kernels are compiled for
+FORMS: dict[str, list[Any]] = {
+    "reduction": ["mean", "bottom", "group", "min"],
+    "shift": [False, True],
+    "branches": [None, 1, 3, 7],
+}
+
+
 def random_config(rng: random.Random, block_size: int, **fixed: Any) -> LopaConfig:
     drawn: dict[str, Any] = {
         "mask_id": MASK,
@@ -33,13 +42,13 @@ def random_config(rng: random.Random, block_size: int, **fixed: Any) -> LopaConf
         "tau_act": rng.choice([0.0, 0.5, 0.95, 1.0]),
         "accept": rng.choice(["prob", "score"]),
         "fallback": rng.choice(["block", "window"]),
-        "reduction": rng.choice(["mean", "bottom", "group", "min"]),
+        "reduction": rng.choice(FORMS["reduction"]),
         "fraction": rng.choice([0.1, 0.3, 0.7, 1.0]),
         "group": rng.randint(1, 5),
         "alpha": rng.choice([0.0, 0.3, 0.5, 1.0]),
         "shift": rng.random() < 0.5,
         "force_anchor": rng.random() < 0.2,
-        "branches": rng.choice([None, 1, 3, 7]),
+        "branches": rng.choice(FORMS["branches"]),
     }
     return LopaConfig(**{**drawn, **fixed})
 
@@ -117,19 +126,46 @@ def random_state(
 
 
 @st.composite
-def rounds(draw: st.DrawFn, max_branches: int = 16, max_window: int = 512) -> Drawn:
-    block_size = draw(st.sampled_from([1, 2, 3, 4, 8, 32]))
-    branches = draw(st.integers(1, max_branches))
-    window = draw(st.one_of(st.integers(1, 40), st.integers(1, max_window)))
-    window = max(window, block_size)
+def rounds(
+    draw: st.DrawFn, max_branches: int = 16, max_window: int = 512, forms: int | None = None
+) -> Drawn:
+    """Random rounds; with `forms`, of so many combinations of what a kernel is compiled for."""
+    fixed: dict[str, Any] = {}
+    if forms is None:
+        block_size = draw(st.sampled_from([1, 2, 3, 4, 8, 32]))
+        branches = draw(st.integers(1, max_branches))
+        window = draw(st.one_of(st.integers(1, 40), st.integers(1, max_window)))
+        window = max(window, block_size)
+        rng = random.Random(draw(st.integers(0, 2**32 - 1)))
+        next_window = rng.choice([None, window + block_size, max(block_size, window - 2)])
+    else:
+        form = random.Random(draw(st.integers(0, forms - 1)))
+        block_size = form.choice([1, 2, 3, 4, 8, 32])
+        branches = form.randint(1, max_branches)
+        window = max(form.choice([form.randint(1, 40), form.randint(1, max_window)]), block_size)
+        next_window = form.choice([None, window + block_size, max(block_size, window - 2)])
+        for name, choices in FORMS.items():
+            fixed[name] = form.choice(choices)
+        rng = random.Random(draw(st.integers(0, 2**32 - 1)))
     batch = draw(st.integers(0, 3))
-    rng = random.Random(draw(st.integers(0, 2**32 - 1)))
-    next_window = rng.choice([None, window + block_size, max(block_size, window - 2)])
     return Drawn(
         *random_stats(rng, (batch, branches, window)),
         random_state(rng, batch, branches, window, block_size),
-        random_config(rng, block_size, window=next_window),
+        random_config(rng, block_size, window=next_window, **fixed),
     )
+
+
+def examples(target: Target, number: int) -> int:
+    """Examples of a property test: few in Triton's interpreter, where each takes a second."""
+    return max(number // 50, 3) if target.interpreted else number
+
+
+def rounds_on(target: Target, max_branches: int = 16, max_window: int = 512) -> Any:
+    """Rounds of a size for the target: Triton compiles for a shape, or interprets each column."""
+    if target.interpreted:
+        return rounds(min(max_branches, 4), min(max_window, 24))
+    forms = 16 if target.backend == "triton" else None
+    return rounds(max_branches, max_window, forms)
 
 
 def clone(state: LopaState) -> LopaState:
@@ -141,10 +177,24 @@ def fields(step: LopaStep) -> dict[str, torch.Tensor]:
 
 
 def assert_same(actual: LopaStep, expected: LopaStep) -> None:
-    """Every field equal to the bit, NaN equal to NaN."""
-    for (name, a), (_, b) in zip(fields(actual).items(), fields(expected).items(), strict=True):
+    """Every field equal to the bit, NaN equal to NaN, on whatever devices they are."""
+    pairs = zip(fields(cpu(actual)).items(), fields(cpu(expected)).items(), strict=True)
+    for (name, a), (_, b) in pairs:
         torch.testing.assert_close(
             a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def assert_close(actual: LopaStep, expected: LopaStep, tolerance: float) -> None:
+    """Floats within the tolerance, all else equal."""
+    for name, a in fields(actual).items():
+        torch.testing.assert_close(
+            a,
+            fields(expected)[name],
+            rtol=tolerance if a.is_floating_point() else 0,
+            atol=tolerance if a.is_floating_point() else 0,
+            equal_nan=True,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 

@@ -176,9 +176,10 @@ def test_draws_by_hand(target: Target) -> None:
 def test_kernel_draws_with_the_same_numbers(seed: int, target: Target) -> None:
     """Equal logits: in the tile drawn, the index of the smallest random integer."""
     rows = torch.tensor([0, 5, 2, 5], dtype=torch.int32)
-    for step, vocab in itertools.product(STEPS, (1, 4, 67, 1025, 5000)):
-        if target.interpreted and vocab == 5000 and step != 3:
-            continue
+    steps, vocabularies = STEPS, (1, 4, 67, 1025, 5000)
+    if target.interpreted:
+        steps, vocabularies = STEPS[1:4:2], (67, 5000)
+    for step, vocab in itertools.product(steps, vocabularies):
         key = {"seed": integer(seed), "step": integer(step)}
         options = {"temperature": 1.0, "rows": rows, **key}
         token = run_on(target, token_confidence, torch.zeros(6, vocab), **options).token
@@ -239,14 +240,14 @@ def test_the_same_key_draws_the_same_token(
     vocab: int, dtype: torch.dtype, options: dict, target: Target
 ) -> None:
     """Equal to the float64 reference, where that is not within 1e-5 of another token."""
-    skip_where_slow(target, vocab)
+    skip_where_slow(target, vocab > 10000 or dtype != torch.float32)
     keys = 2 if target.interpreted or vocab > 100000 else 8
     logits = random_logits(9, vocab, seed=vocab).to(dtype)
     logits[::3] *= 0.2  # hundreds of tokens are likely
     generator = torch.Generator().manual_seed(vocab)
     draws = different = 0
     for key in range(keys):
-        rows = torch.randint(9, (4 if target.interpreted else 11,), generator=generator)
+        rows = torch.randint(9, (2 if target.interpreted else 11,), generator=generator)
         rows = rows.to(torch.int32)
         step = int(torch.randint(-(2**62), 2**62, (), generator=generator))
         call = {"rows": rows, "seed": integer(1000003 * key - 5), "step": integer(step), **options}
@@ -269,6 +270,10 @@ def test_default_step_is_zero(target: Target) -> None:
     assert not torch.equal(other.token, without.token)
 
 
+# The distribution itself: where draws are equal to the reference's it is the reference's.
+STATISTICAL = [target for target in TARGETS if not target.interpreted]
+
+
 def check_counts(counts: torch.Tensor, probability: torch.Tensor) -> None:
     """Chi-square of counts against probabilities that add up to one."""
     assert probability.sum().item() == pytest.approx(1, abs=1e-6)
@@ -279,11 +284,11 @@ def check_counts(counts: torch.Tensor, probability: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.5, 3.0])
-@over(KERNELS)
+@over(STATISTICAL)
 def test_draws_follow_the_distribution(spread: float, target: Target) -> None:
     """Draws from 16 tokens among 500 impossible ones."""
     vocab, likely = 516, torch.arange(7, 503, 31)
-    draws = 40000 if not target.interpreted else 400 if spread < 1 else 4000
+    draws = 8000 if target.backend == "reference" else 40000
     row = torch.full((vocab,), -200.0)
     row[likely] = torch.linspace(-spread, spread, len(likely))
     options = {"temperature": 0.8, "seed": integer(1234), "step": integer(5)}
@@ -297,7 +302,7 @@ def test_draws_follow_the_distribution(spread: float, target: Target) -> None:
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 4 * TILE}, {"top_p": 0.8749}])
 @pytest.mark.parametrize("vocab", [5 * TILE, 4 * TILE + 700])
-@over(KERNELS)
+@over(STATISTICAL)
 def test_draws_over_tiles(vocab: int, filters: dict, target: Target) -> None:
     """Five tiles of known mass, in each four classes of tokens of known weight.
 
@@ -305,7 +310,7 @@ def test_draws_over_tiles(vocab: int, filters: dict, target: Target) -> None:
     tiles and classes shows the draw of a tile, that of a token inside it, and that the two have
     nothing to do with one another.
     """
-    pairs, rows = (1, 800) if target.interpreted else (8 if filters else 20, 2000)
+    pairs, rows = (2, 800) if target.backend == "reference" else (8 if filters else 20, 2000)
     masses = torch.tensor([2.0, 3.0, 1.0, 1.0, 1.0]) / 8
     classes = torch.tensor([1.0, 1.0, 2.0, 4.0]) / 8
     row = torch.empty(vocab, dtype=torch.float64)

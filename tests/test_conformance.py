@@ -14,8 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from targets import TARGETS, Target, cpu, over
 
-from lopa_kernels import LopaConfig, LopaState, LopaStep, lopa_step, needed_rows
+from lopa_kernels import (
+    LopaConfig,
+    LopaState,
+    LopaStep,
+    branch_step,
+    lopa_step,
+    needed_rows,
+    token_confidence,
+)
 
 DATA = Path(__file__).parent / "data" / "conformance"
 RUNS = sorted(path.stem for path in DATA.glob("run*.npz"))
@@ -106,11 +115,33 @@ def place_logits(
     return out
 
 
-def cases() -> list[tuple[str, int]]:
-    return [(run, i) for run in RUNS for i in range(len(load(run)[0]["rounds"]))]
+def open_columns(record: dict[str, Any], mask_id: int) -> int:
+    return sum(b["tokens"][record["cache_len"] :].count(mask_id) for b in record["branches"])
 
 
-def run_round(run: str, index: int, backend: str, gathered: bool) -> tuple[LopaStep, LopaState]:
+#: a round from the logits of every column, of the needed columns, and from ready statistics
+FORMS = ("dense", "gathered", "statistics")
+
+
+def cases() -> list[Any]:
+    """Every round in every form, on every target.
+
+    A row of logits takes a while in Triton's interpreter: there rounds of few rows, a form each.
+    """
+    params = []
+    for run in RUNS:
+        trace, _, _ = load(run)
+        for i, record in enumerate(trace["rounds"]):
+            is_short = open_columns(record, trace["mask_token_id"]) <= 33 and i % 4 < 2
+            for target in TARGETS:
+                for n, form in enumerate(FORMS):
+                    if not target.interpreted or form == "statistics" or (is_short and i % 2 == n):
+                        case = f"{run}-{i}-{target}-{form}"
+                        params.append(pytest.param(target, run, i, form, id=case))
+    return params
+
+
+def run_round(run: str, index: int, target: Target, form: str) -> tuple[LopaStep, LopaState]:
     trace, logits, _ = load(run)
     record = trace["rounds"][index]
     slots = trace["branching_factor"] + 1
@@ -122,22 +153,25 @@ def run_round(run: str, index: int, backend: str, gathered: bool) -> tuple[LopaS
     config = make_config(trace, window)
     state = make_state(record, trace, slots, window)
     rows = None
-    scores = place_logits(record, logits[index], slots, window)
-    if gathered:
-        needed = needed_rows(state, config, backend=backend)
+    scores = target.to(place_logits(record, logits[index], slots, window))
+    here = target.to(state)
+    if form == "statistics":
+        by_row = "cpu" if target.interpreted else target.backend
+        statistics = token_confidence(scores, metric=config.metric, backend=by_row)
+        return cpu(branch_step(*statistics, here, config, backend=target.backend)), state
+    if form == "gathered":
+        needed = needed_rows(here, config, backend=target.backend)
         scores = scores.flatten(0, 2)[needed.index[: int(needed.count)]]
         rows = needed.rows
-    return lopa_step(scores, state, config, rows, backend=backend), state
+    return cpu(lopa_step(scores, here, config, rows, backend=target.backend)), state
 
 
-@pytest.mark.parametrize("gathered", [False, True], ids=["dense", "gathered"])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize(("run", "index"), cases())
-def test_recorded_round(run: str, index: int, backend: str, gathered: bool) -> None:
+@pytest.mark.parametrize(("target", "run", "index", "form"), cases())
+def test_recorded_round(target: Target, run: str, index: int, form: str) -> None:
     trace, _, _ = load(run)
     record = trace["rounds"][index]
     order = in_slot_order(record)
-    out, state = run_round(run, index, backend, gathered)
+    out, state = run_round(run, index, target, form)
 
     assert int(out.status) == 0
     # A duplicate of the anchor has the anchor's tokens, so its victory is the anchor's.
@@ -174,12 +208,12 @@ def check_next(state: LopaState, record: dict[str, Any]) -> None:
         )
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@over(TARGETS)
 @pytest.mark.parametrize("run", RUNS)
-def test_last_round_is_done(run: str, backend: str) -> None:
+def test_last_round_is_done(run: str, target: Target) -> None:
     trace, _, output = load(run)
     index = len(trace["rounds"]) - 1
-    out, _ = run_round(run, index, backend, gathered=False)
+    out, _ = run_round(run, index, target, "statistics" if target.interpreted else "dense")
     generated = trace["rounds"][index]["winner_tokens_after_fill"][trace["prompt_len"] :]
     assert generated[: len(output)] == output[: len(generated)].tolist()
     own = trace["rounds"][index]["winner_tokens_after_fill"][int(out.state.cache_len) :]

@@ -1,13 +1,17 @@
-"""Every Python block of the documents runs as it stands."""
+"""Every Python block of the documents runs as it stands, on every backend."""
 
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
+from targets import KERNELS, Target, over
 
 import lopa_kernels as lk
+from lopa_kernels import _dispatch
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/operators.md")
@@ -27,9 +31,24 @@ def blocks() -> list[tuple[str, str]]:
 BLOCKS = blocks()
 
 
+@over(KERNELS)
 @pytest.mark.parametrize(("place", "code"), BLOCKS, ids=[place for place, _ in BLOCKS])
-def test_block_runs(place: str, code: str) -> None:
-    exec(compile(code, place.partition(":")[0], "exec"), {"__name__": "document"})
+def test_block_runs(place: str, code: str, target: Target) -> None:
+    """On the CPU with no setting at all; elsewhere by PyTorch's default device, and the default
+    backend where that is not what the device's tensors choose."""
+    op = "branch_attention"
+    if op in code and _dispatch.why_absent(target.backend, op) is not None:
+        pytest.skip(f"no {op} of {target}")
+    if target.interpreted and "for _ in range" in code:
+        pytest.skip("a whole decode takes minutes")
+    with ExitStack() as settings:
+        if target.gpu:
+            settings.enter_context(torch.device(target.device))
+        if target.backend == "triton":
+            if "numpy" in code and target.gpu:
+                pytest.skip("NumPy's arrays are on the CPU")
+            settings.enter_context(lk.use_backend("triton"))
+        exec(compile(code, place.partition(":")[0], "exec"), {"__name__": "document"})
 
 
 def test_every_document_has_examples() -> None:

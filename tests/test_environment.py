@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -49,10 +50,39 @@ def test_main_names_versions_devices_and_backends() -> None:
     assert ["lopa_kernels", lopa_kernels.__version__] in lines
     assert ["torch", torch.__version__] in lines
     assert ["cpu kernels", torch.ops.lopa.cpu_isa()] in lines
+    assert _dispatch.BACKENDS == ("cpu", "cuda", "triton", "reference")
     for name in _dispatch.BACKENDS:
-        assert [name, "present"] in lines
-    for name in ("cuda", "triton", "ascend"):
-        assert [name, "absent: not in this version of lopa_kernels"] in lines
+        reason = _dispatch.why_absent(name)
+        assert [name, "present" if reason is None else f"absent: {reason}"] in lines
+    assert ["ascend", "absent: not in this version of lopa_kernels"] in lines
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
+def test_main_says_why_a_cpu_has_no_gpu_backends() -> None:
+    result = run(PACKAGE.parent, "-m", "lopa_kernels", TRITON_INTERPRET="0")
+    assert result.returncode == 0, result.stderr
+    text = re.sub(r" {2,}", "  ", result.stdout)
+    assert f"  cuda  absent: torch {torch.__version__} is built without CUDA" in text
+    if importlib.util.find_spec("triton") is None:
+        assert "  triton  absent: the package triton is not installed" in text
+        return
+    assert (
+        f"  triton  absent: torch {torch.__version__} has no GPU, and TRITON_INTERPRET is not set"
+        in text
+    )
+    interpreted = run(PACKAGE.parent, "-m", "lopa_kernels", TRITON_INTERPRET="1")
+    assert interpreted.returncode == 0, interpreted.stderr
+    assert re.search(r"^  triton +present$", interpreted.stdout, re.MULTILINE)
+    assert re.search(r"^  TRITON_INTERPRET +1  ", interpreted.stdout, re.MULTILINE)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_main_names_the_gpu_and_what_serves_it() -> None:
+    result = run(PACKAGE.parent, "-m", "lopa_kernels")
+    assert result.returncode == 0, result.stderr
+    present = [name for name in ("cuda", "triton") if _dispatch.why_absent(name) is None]
+    line = re.escape(f"{torch.cuda.get_device_name(0)} ({', '.join(present) or 'none'})")
+    assert re.search(rf"^  cuda:0 +{line}$", result.stdout, re.MULTILINE)
 
 
 def test_main_shows_variables_as_set() -> None:
@@ -74,8 +104,10 @@ def test_main_survives_an_unknown_isa() -> None:
 def test_report_has_what_a_bug_report_needs() -> None:
     result = run(PACKAGE.parent, "-m", "lopa_kernels.collect_env")
     assert result.returncode == 0, result.stderr
-    library = PACKAGE / "liblopa_cpu.so"
-    assert re.search(rf"{re.escape(str(library))} +{library.stat().st_size} bytes", result.stdout)
+    for name in ("liblopa_cpu.so", "liblopa_cuda.so"):
+        library = PACKAGE / name
+        size = f"{library.stat().st_size} bytes" if library.exists() else "absent"
+        assert re.search(rf"{re.escape(str(library))} +{size}$", result.stdout, re.MULTILINE)
     for wanted in ("GCC version", "CMake version", "OS:", "PyTorch built with", "ATen/Parallel"):
         assert wanted in result.stdout
 
@@ -85,8 +117,11 @@ def test_reports_work_without_the_library(without_library: tuple[Path, str], mod
     where, reason = without_library
     result = run(where, "-m", module)
     assert result.returncode == 0, result.stderr
-    for name in _dispatch.BACKENDS:
-        assert re.search(rf"^  {name} +absent: {re.escape(reason)}", result.stdout, re.MULTILINE)
+    reasons = dict.fromkeys(_dispatch.BACKENDS, reason)
+    reasons["cuda"] = "the schemas are in liblopa_cpu.so, which is not loaded"
+    reasons["triton"] = _dispatch.why_absent("triton") or reason
+    for name, why in reasons.items():
+        assert re.search(rf"^  {name} +absent: {re.escape(why)}", result.stdout, re.MULTILINE)
     assert "none: the library is not loaded" in result.stdout
 
 
@@ -131,7 +166,7 @@ def test_version_is_the_project_s() -> None:
 
 
 def test_variables_are_in_the_table_and_in_the_readme() -> None:
-    sources = [*PACKAGE.rglob("*.py"), *ROOT.glob("csrc/**/*.cpp"), ROOT / "setup.py"]
+    sources = [*PACKAGE.rglob("*.py"), *ROOT.glob("csrc/**/*.*"), ROOT / "setup.py"]
     read = set()
     for source in sources:
         read |= set(re.findall(r"(?:environ\S*|getenv)\(\"(\w+)\"", source.read_text()))

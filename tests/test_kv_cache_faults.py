@@ -31,6 +31,8 @@ def lengths_of_many(batch: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, .
 @over(KERNELS)
 def test_many_sequences_and_their_status(batch: int, target: Target) -> None:
     """Sequences that commit, commit nothing or are dropped; the words have gaps between them."""
+    if target.interpreted and batch > 2 and batch != 33:
+        pytest.skip("too long for Triton's interpreter")
     shape = (2, batch, 3, 6, 2, 3, 8, 20)
     results = []
     for where in (target, REFERENCE):

@@ -37,6 +37,8 @@ def test_every_operator_is_implemented(target: Target) -> None:
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_the_reference(name: str, target: Target, seed: int) -> None:
+    if target.interpreted and seed > 0:
+        pytest.skip("one is slow enough")
     call = public_calls(seed)[name]
     expected = call.copied()(backend="reference")
     here = call.copied(target.device)

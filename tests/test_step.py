@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from cases import run_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from states import (
+    FORMS,
     MASK,
     VOCAB,
     Drawn,
+    assert_close,
     assert_same,
     clone,
+    examples,
     fields,
     random_config,
     random_state,
     random_stats,
-    rounds,
+    rounds_on,
     sample_inputs,
 )
+from targets import KERNELS, TARGETS, Target, over
 
 import lopa_kernels
 from lopa_kernels import (
@@ -37,8 +43,6 @@ from lopa_kernels import (
     needed_rows,
     token_confidence,
 )
-
-BACKENDS = ["reference", "cpu"]
 
 
 def make_state(
@@ -86,176 +90,200 @@ CONFIG = LopaConfig(
 M = MASK
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@over(TARGETS)
 class TestRules:
     """The rules of a round, each on a state small enough to follow by eye."""
 
-    def test_accepts_above_threshold_strictly(self, backend: str) -> None:
+    def test_accepts_above_threshold_strictly(self, target: Target) -> None:
         state = make_state([[M, M, M, M]], columns=8)
-        out = branch_step(
-            *stats([[0.5, 0.6, 0.7, 0.1] + [0.0] * 4]), state, CONFIG, backend=backend
-        )
+        out = run_on(target, branch_step, *stats([[0.5, 0.6, 0.7, 0.1] + [0.0] * 4]), state, CONFIG)
         assert out.state.tokens[0, 0, :4].tolist() == [M, 1, 1, M]
         assert int(out.filled) == 2
 
-    def test_activated_block_forces_its_best_and_ties_go_left(self, backend: str) -> None:
+    def test_activated_block_forces_its_best_and_ties_go_left(self, target: Target) -> None:
         state = make_state([[M, M, M, M, M, M, M, M]])
-        out = branch_step(
-            *stats([[0.1, 0.4, 0.4, 0.2, 0.5, 0.5, 0.1, 0.1]]), state, CONFIG, backend=backend
+        out = run_on(
+            target, branch_step, *stats([[0.1, 0.4, 0.4, 0.2, 0.5, 0.5, 0.1, 0.1]]), state, CONFIG
         )
         # The second block is not activated: the first is not filled to tau_act.
         assert out.state.tokens[0, 0].tolist() == [M, 1, M, M, M, M, M, M]
 
-    def test_unactivated_block_accepts_by_confidence(self, backend: str) -> None:
+    def test_unactivated_block_accepts_by_confidence(self, target: Target) -> None:
         state = make_state([[M, M, M, M, M, M, M, M]])
-        out = branch_step(
-            *stats([[0.1, 0.4, 0.3, 0.2, 0.9, 0.5, 0.1, 0.1]]), state, CONFIG, backend=backend
+        out = run_on(
+            target, branch_step, *stats([[0.1, 0.4, 0.3, 0.2, 0.9, 0.5, 0.1, 0.1]]), state, CONFIG
         )
         assert out.state.tokens[0, 0].tolist() == [M, 1, M, M, 1, M, M, M]
 
-    def test_window_fallback_fills_one_column_of_all(self, backend: str) -> None:
+    def test_window_fallback_fills_one_column_of_all(self, target: Target) -> None:
         state = make_state([[M, M, M, M, M, M, M, M]])
-        config = LopaConfig(**{**CONFIG.__dict__, "fallback": "window"})
-        out = branch_step(
-            *stats([[0.1, 0.4, 0.3, 0.2, 0.45, 0.5, 0.1, 0.1]]), state, config, backend=backend
+        config = replace(CONFIG, fallback="window")
+        out = run_on(
+            target, branch_step, *stats([[0.1, 0.4, 0.3, 0.2, 0.45, 0.5, 0.1, 0.1]]), state, config
         )
         assert out.state.tokens[0, 0].tolist() == [M, M, M, M, M, 1, M, M]
 
-    def test_winner_ties_prefer_lookahead_and_the_lowest_slot(self, backend: str) -> None:
+    def test_winner_ties_prefer_lookahead_and_the_lowest_slot(self, target: Target) -> None:
         state = make_state([[M, M, M, M], [2, M, M, M], [3, M, M, M]])
-        out = branch_step(*stats([[0.4] * 4] * 3), state, CONFIG, backend=backend)
+        out = run_on(target, branch_step, *stats([[0.4] * 4] * 3), state, CONFIG)
         assert int(out.winner) == 1
         assert out.confidence.tolist() == [[pytest.approx(0.4)] * 3]
 
-    def test_anchor_wins_when_better_or_forced(self, backend: str) -> None:
+    def test_anchor_wins_when_better_or_forced(self, target: Target) -> None:
         state = make_state([[M, M, M, M], [2, M, M, M]])
         better = stats([[0.4] * 4, [0.3] * 4])
-        assert int(branch_step(*better, state, CONFIG, backend=backend).winner) == 0
-        forced = LopaConfig(**{**CONFIG.__dict__, "force_anchor": True})
+        assert int(run_on(target, branch_step, *better, state, CONFIG).winner) == 0
+        forced = replace(CONFIG, force_anchor=True)
         worse = stats([[0.3] * 4, [0.4] * 4])
-        assert int(branch_step(*worse, state, forced, backend=backend).winner) == 0
+        assert int(run_on(target, branch_step, *worse, state, forced).winner) == 0
 
-    def test_spawns_the_best_open_columns(self, backend: str) -> None:
+    def test_spawns_the_best_open_columns(self, target: Target) -> None:
         state = make_state([[M, M, M, M], [2, M, M, M], [3, M, M, M]], columns=8)
         scores = [0.2, 0.3, 0.1, 0.3] + [0.0] * 4
-        out = branch_step(*stats([scores, [0.0] * 8, [0.0] * 8]), state, CONFIG, backend=backend)
+        out = run_on(target, branch_step, *stats([scores, [0.0] * 8, [0.0] * 8]), state, CONFIG)
         # Column 1 is forced; 3, then 0, make lookahead branches.
         assert out.state.tokens[0, :, :4].tolist() == [[M, 1, M, M], [M, 1, M, 1], [1, 1, M, M]]
         assert out.state.creation[0].tolist() == [1.0, pytest.approx(0.3), pytest.approx(0.2)]
         assert int(out.state.branches) == 3
 
-    def test_opens_blocks_branch_by_branch(self, backend: str) -> None:
+    def test_opens_blocks_branch_by_branch(self, target: Target) -> None:
         state = make_state([[M, M, M, M], [M, M, M, M]], columns=8)
         scores = [0.9, 0.3, 0.1, 0.2] + [0.0] * 4
-        out = branch_step(*stats([scores, scores]), state, CONFIG, backend=backend)
+        out = run_on(target, branch_step, *stats([scores, scores]), state, CONFIG)
         # tau_add = 0.5 of 4: the anchor has one token, the lookahead two.
         assert out.state.length[0].tolist() == [4, 8]
 
-    def test_commits_slides_and_opens(self, backend: str) -> None:
+    def test_commits_slides_and_opens(self, target: Target) -> None:
         state = make_state(
             [[1, 2, 3, 4, M, 5, 6, 7]], cache_len=4, commit_len=4, prompt_len=4, columns=8
         )
-        out = branch_step(*stats([[0.0] * 4 + [0.9] + [0.0] * 3]), state, CONFIG, backend=backend)
+        out = run_on(target, branch_step, *stats([[0.0] * 4 + [0.9] + [0.0] * 3]), state, CONFIG)
         assert out.committed.tolist() == [[1, 2, 3, 4, -1, -1, -1, -1]]
         assert int(out.state.cache_len) == 8
         assert int(out.state.commit_len) == 4
         assert out.state.tokens[0, 0].tolist() == [1, 5, 6, 7, M, M, M, M]
         assert int(out.state.length) == 8
 
-    def test_a_block_waits_for_room_and_the_sequence_is_not_done(self, backend: str) -> None:
+    def test_a_block_waits_for_room_and_the_sequence_is_not_done(self, target: Target) -> None:
         state = make_state([[1, 1, 1, M]], columns=4)
-        config = LopaConfig(**{**CONFIG.__dict__, "tau_add": 1.0, "max_new_tokens": 8})
-        out = branch_step(*stats([[0.0, 0.0, 0.0, 0.9]]), state, config, backend=backend)
+        config = replace(CONFIG, tau_add=1.0, max_new_tokens=8)
+        out = run_on(target, branch_step, *stats([[0.0, 0.0, 0.0, 0.9]]), state, config)
         assert (int(out.state.length), bool(out.state.done)) == (4, False)
-        out = branch_step(*stats([[0.0] * 4]), out.state, config, backend=backend)
+        out = run_on(target, branch_step, *stats([[0.0] * 4]), out.state, config)
         assert out.committed.tolist() == [[1, 1, 1, 1]]
         assert (int(out.filled), int(out.state.length), bool(out.state.done)) == (0, 4, False)
 
-    def test_eos_stops_opening_but_not_filling(self, backend: str) -> None:
-        config = LopaConfig(**{**CONFIG.__dict__, "eos_id": 1})
+    def test_eos_stops_opening_but_not_filling(self, target: Target) -> None:
+        config = replace(CONFIG, eos_id=1)
         state = make_state([[2, 2, M, M]], columns=8)
-        out = branch_step(
-            *stats([[0.0, 0.0, 0.9, 0.2] + [0.0] * 4]), state, config, backend=backend
-        )
+        out = run_on(target, branch_step, *stats([[0.0, 0.0, 0.9, 0.2] + [0.0] * 4]), state, config)
         assert bool(out.state.eos[0, 0])
         assert (int(out.state.length[0, 0]), bool(out.state.done)) == (4, False)
-        out = branch_step(*stats([[0.9] * 8]), out.state, config, backend=backend)
+        out = run_on(target, branch_step, *stats([[0.9] * 8]), out.state, config)
         assert bool(out.state.done)
 
-    def test_block_completed_by_lookahead_only_is_not_committed(self, backend: str) -> None:
-        config = LopaConfig(**{**CONFIG.__dict__, "branches": 2, "tau_conf": 0.95})
+    def test_block_completed_by_lookahead_only_is_not_committed(self, target: Target) -> None:
+        config = replace(CONFIG, branches=2, tau_conf=0.95)
         state = make_state([[1, 1, M, M]], columns=8)
-        out = branch_step(*stats([[0, 0, 0.9, 0.8, 0, 0, 0, 0.0]]), state, config, backend=backend)
+        out = run_on(target, branch_step, *stats([[0, 0, 0.9, 0.8, 0, 0, 0, 0.0]]), state, config)
         assert out.state.tokens[0, 1, :4].tolist() == [1, 1, 1, 1]
         assert int(out.state.commit_len) == 0
 
-    def test_shift_moves_statistics_and_the_carry(self, backend: str) -> None:
-        config = LopaConfig(**{**CONFIG.__dict__, "shift": True, "tau_conf": 0.2})
+    def test_shift_moves_statistics_and_the_carry(self, target: Target) -> None:
+        config = replace(CONFIG, shift=True, tau_conf=0.2)
         state = make_state([[M, M, M, M]], columns=8)
         token = torch.arange(8).view(1, 1, 8)
         score = torch.tensor([[[0.3, 0.1, 0.6] + [0.0] * 5]])
-        out = branch_step(token, score, score, state, config, backend=backend)
+        out = run_on(target, branch_step, token, score, score, state, config)
         # Column 0 takes the carried token (0.25 > 0.2), column 1 row 0's, column 3 row 2's.
         assert out.state.tokens[0, 0, :4].tolist() == [7, 0, M, 2]
         assert int(out.state.carry_token) == 7  # no commit: the carry stays
 
-    def test_carry_is_the_last_committed_row(self, backend: str) -> None:
-        config = LopaConfig(**{**CONFIG.__dict__, "shift": True})
+    def test_carry_is_the_last_committed_row(self, target: Target) -> None:
+        config = replace(CONFIG, shift=True)
         state = make_state([[1, 2, 3, 4, M, M, M, M]], commit_len=4, columns=8)
         token = torch.arange(8).view(1, 1, 8)
         score = torch.linspace(0.1, 0.8, 8).view(1, 1, 8)
-        out = branch_step(token, score, score, state, config, backend=backend)
+        out = run_on(target, branch_step, token, score, score, state, config)
         assert int(out.state.carry_token) == 3
         assert float(out.state.carry_score) == pytest.approx(0.4)
 
-    def test_a_prediction_of_the_mask_fills_nothing(self, backend: str) -> None:
+    def test_a_prediction_of_the_mask_fills_nothing(self, target: Target) -> None:
         state = make_state([[M, M, M, M]], columns=8)
-        out = branch_step(*stats([[0.9] * 8], token=MASK), state, CONFIG, backend=backend)
+        out = run_on(target, branch_step, *stats([[0.9] * 8], token=MASK), state, CONFIG)
         assert (int(out.filled), bool(out.state.done)) == (0, True)
         assert int(out.status) == Status.STALLED
 
-    def test_prompt_may_hold_the_mask_id(self, backend: str) -> None:
+    def test_prompt_may_hold_the_mask_id(self, target: Target) -> None:
         prompt = torch.tensor([[1, MASK, 2]])
-        config = LopaConfig(**{**CONFIG.__dict__, "branches": 2, "window": 8})
+        config = replace(CONFIG, branches=2, window=8)
         state = initial_state(prompt, config)
-        out = branch_step(*stats([[0.9] * 7]), state, config, backend=backend)
+        out = run_on(target, branch_step, *stats([[0.9] * 7]), state, config)
         assert out.committed[0, :3].tolist() == [1, MASK, 2]
         assert (int(out.filled), int(out.state.cache_len)) == (4, 3)
 
-    def test_next_window_too_small(self, backend: str) -> None:
-        config = LopaConfig(**{**CONFIG.__dict__, "window": 4})
+    def test_next_window_too_small(self, target: Target) -> None:
+        config = replace(CONFIG, window=4)
         state = make_state([[M] * 8])
-        out = branch_step(*stats([[0.3] * 8]), state, config, backend=backend)
+        out = run_on(target, branch_step, *stats([[0.3] * 8]), state, config)
         assert (int(out.status), bool(out.state.done)) == (Status.WINDOW_FULL, True)
         assert out.state.length.tolist() == [[4]]
 
-    def test_done_sequences_pass_through(self, backend: str) -> None:
+    def test_done_sequences_pass_through(self, target: Target) -> None:
         state = make_state([[1, 2, 3, 4]], columns=8)._replace(done=torch.tensor([True]))
-        out = branch_step(*stats([[0.9] * 8]), state, CONFIG, backend=backend)
+        out = run_on(target, branch_step, *stats([[0.9] * 8]), state, CONFIG)
         assert int(out.filled) == 0
         for name, tensor in state._asdict().items():
             assert torch.equal(getattr(out.state, name), tensor), name
 
 
-@settings(max_examples=400)
-@given(drawn=rounds())
-def test_cpu_equals_reference(drawn: Drawn) -> None:
-    expected = branch_step(*drawn, backend="reference")
-    actual = branch_step(*drawn)
-    assert_same(actual, expected)
-    needed = needed_rows(drawn.state, drawn.config, backend="reference")
-    for a, b in zip(needed_rows(drawn.state, drawn.config), needed, strict=True):
-        assert torch.equal(a, b)
+@over(KERNELS)
+def test_equals_reference(target: Target) -> None:
+    @settings(max_examples=examples(target, 400))
+    @given(drawn=rounds_on(target))
+    def check(drawn: Drawn) -> None:
+        expected = branch_step(*drawn, backend="reference")
+        assert_same(run_on(target, branch_step, *drawn), expected)
+        needed = needed_rows(drawn.state, drawn.config, backend="reference")
+        got = run_on(target, needed_rows, drawn.state, drawn.config)
+        for a, b in zip(got, needed, strict=True):
+            assert torch.equal(a, b)
+
+    check()
 
 
-@settings(max_examples=100)
-@given(drawn=rounds(max_branches=4, max_window=40))
-def test_out_and_in_place_equal_functional(drawn: Drawn) -> None:
-    *statistics, state, config = drawn
-    before = clone(state)
-    expected = branch_step(*statistics, state, config)
-    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
-    for backend in BACKENDS:
+@pytest.mark.parametrize(
+    ("branches", "window", "block_size"), [(64, 300, 32), (3, 4096, 64), (17, 1023, 1)]
+)
+@over(KERNELS)
+def test_many_branches_and_columns(
+    target: Target, branches: int, window: int, block_size: int
+) -> None:
+    """More of each than a kernel works on at once."""
+    rng = random.Random(window)
+    state = random_state(rng, 2, branches, window, block_size)
+    config = random_config(rng, block_size, branches=branches)
+    statistics = random_stats(rng, (2, branches, window))
+    expected = branch_step(*statistics, state, config, backend="reference")
+    assert_same(run_on(target, branch_step, *statistics, state, config), expected)
+    for capacity in (10, None):
+        needed = needed_rows(state, config, capacity, backend="reference")
+        got = run_on(target, needed_rows, state, config, capacity)
+        for a, b in zip(got, needed, strict=True):
+            assert torch.equal(a, b)
+
+
+@over(TARGETS)
+def test_out_and_in_place_equal_functional(target: Target) -> None:
+    backend = target.backend
+
+    @settings(max_examples=examples(target, 100))
+    @given(drawn=rounds_on(target, max_branches=4, max_window=40))
+    def check(drawn: Drawn) -> None:
+        *statistics, state, config = target.to(drawn)
+        before = clone(state)
+        expected = branch_step(*statistics, state, config, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
         out = empty_step(state, config)
         branch_step_out(*statistics, state, config, out, backend=backend)
         assert_same(out, expected)
@@ -266,14 +294,15 @@ def test_out_and_in_place_equal_functional(drawn: Drawn) -> None:
             branch_step_out(*statistics, own, config, buffers, backend=backend)
             assert_same(buffers, expected)
 
+    check()
 
-@settings(max_examples=200)
-@given(seed=st.integers(0, 2**32 - 1))
-def test_garbage_states_stay_in_bounds(seed: int) -> None:
+
+def check_garbage(target: Target, seed: int) -> None:
+    form = random.Random(seed % 16)
     rng = random.Random(seed)
-    batch, slots, window = rng.randint(1, 3), rng.randint(1, 5), rng.randint(4, 20)
+    batch, slots, window = rng.randint(1, 3), form.randint(1, 5), form.randint(4, 20)
     state = random_state(rng, batch, slots, window, 4)
-    config = random_config(rng, 4)
+    config = random_config(rng, 4, **{name: form.choice(FORMS[name]) for name in FORMS})
     extremes = [-(2**31), -1, 0, 1, 3, window, window + 1, 2**31 - 1]
     spoiled = state._replace(
         **{
@@ -285,15 +314,28 @@ def test_garbage_states_stay_in_bounds(seed: int) -> None:
         }
     )
     statistics = random_stats(rng, (batch, slots, window))
-    outs = [branch_step(*statistics, spoiled, config, backend=b) for b in BACKENDS]
-    assert_same(outs[1], outs[0])
-    new = outs[1].state
+    out = run_on(target, branch_step, *statistics, spoiled, config)
+    assert_same(out, branch_step(*statistics, spoiled, config, backend="reference"))
+    new = out.state
     assert bool((new.length >= 0).all())
     assert bool((new.length <= new.tokens.shape[2]).all())
     assert bool((new.branches >= 1).all())
     assert bool((new.branches <= new.tokens.shape[1]).all())
-    assert bool((outs[1].winner >= 0).all())
-    assert bool((outs[1].winner < slots).all())
+    assert bool((out.winner >= 0).all())
+    assert bool((out.winner < slots).all())
+    needed = needed_rows(spoiled, config, backend="reference")
+    for a, b in zip(run_on(target, needed_rows, spoiled, config), needed, strict=True):
+        assert torch.equal(a, b)
+
+
+@over(KERNELS)
+def test_garbage_states_stay_in_bounds(target: Target) -> None:
+    @settings(max_examples=examples(target, 200))
+    @given(seed=st.integers(0, 2**32 - 1))
+    def check(seed: int) -> None:
+        check_garbage(target, seed)
+
+    check()
 
 
 def logits_for(drawn: Drawn, seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -308,133 +350,182 @@ def logits_for(drawn: Drawn, seed: int, dtype: torch.dtype) -> torch.Tensor:
     return logits.to(dtype)
 
 
-@settings(max_examples=100)
-@given(
-    drawn=rounds(max_branches=5, max_window=60),
-    seed=st.integers(0, 1000),
-    metric=st.sampled_from(["prob", "margin", "neg_entropy"]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-)
-def test_step_from_logits(drawn: Drawn, seed: int, metric: str, dtype: torch.dtype) -> None:
-    state = drawn.state
-    config = LopaConfig(**{**drawn.config.__dict__, "metric": metric})
-    logits = logits_for(drawn, seed, dtype)
-    step = lopa_step(logits, state, config)
+def check_step_from_logits(
+    target: Target, drawn: Drawn, seed: int, metric: str, dtype: torch.dtype
+) -> None:
+    backend = target.backend
+    state = target.to(drawn.state)
+    config = replace(drawn.config, metric=metric)
+    logits = target.to(logits_for(drawn, seed, dtype))
+    step = lopa_step(logits, state, config, backend=backend)
 
     # The same round from its parts.
-    confidence = token_confidence(logits, metric=metric)
-    parts = branch_step(*confidence, state, config)
+    confidence = token_confidence(logits, metric=metric, backend=backend)
+    parts = branch_step(*confidence, state, config, backend=backend)
     # A NaN beside finite logits is only visible to the pass over the vocabulary.
     assert_same(step._replace(status=parts.status), parts)
     assert bool(((step.status & ~Status.NONFINITE) == (parts.status & ~Status.NONFINITE)).all())
 
     # The same round from the needed rows alone, the others NaN.
-    needed = needed_rows(state, config)
+    needed = needed_rows(state, config, backend=backend)
     count = int(needed.count)
     gathered = logits.flatten(0, 2)[needed.index[:count]]
-    assert_same(lopa_step(gathered, state, config, needed.rows), step)
+    assert_same(lopa_step(gathered, state, config, needed.rows, backend=backend), step)
 
     # Strided logits are read in place.
-    wide = torch.full((*logits.shape[:-1], VOCAB + 3), float("nan"), dtype=dtype)
+    shape = (*logits.shape[:-1], VOCAB + 3)
+    wide = torch.full(shape, float("nan"), dtype=dtype, device=logits.device)
     wide[..., :VOCAB] = logits
-    assert_same(lopa_step(wide[..., :VOCAB], state, config), step)
+    assert_same(lopa_step(wide[..., :VOCAB], state, config, backend=backend), step)
 
 
-@settings(max_examples=50)
-@given(drawn=rounds(max_branches=4, max_window=30), seed=st.integers(0, 1000))
-def test_step_equals_reference_where_decisions_are_clear(drawn: Drawn, seed: int) -> None:
+METRICS = st.sampled_from(["prob", "margin", "neg_entropy"])
+
+
+@over(KERNELS)
+def test_step_from_logits(target: Target) -> None:
+    sizes = (2, 8) if target.interpreted else (5, 60)
+
+    @settings(max_examples=examples(target, 100))
+    @given(
+        drawn=rounds_on(target, *sizes),
+        seed=st.integers(0, 1000),
+        metric=METRICS,
+        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    )
+    def check(drawn: Drawn, seed: int, metric: str, dtype: torch.dtype) -> None:
+        check_step_from_logits(target, drawn, seed, metric, dtype)
+
+    check()
+
+
+@over(KERNELS)
+def test_step_equals_reference_where_decisions_are_clear(target: Target) -> None:
     """Against the float64 statistics of the reference; decisions at fp32 distance may differ."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn((*drawn.state.tokens.shape, VOCAB), generator=generator) * 3
-    actual = lopa_step(logits, drawn.state, drawn.config)
-    expected = lopa_step(logits, drawn.state, drawn.config, backend="reference")
-    for name, a in fields(actual).items():
-        b = fields(expected)[name]
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+    sizes = (2, 12) if target.interpreted else (4, 30)
+
+    @settings(max_examples=examples(target, 50))
+    @given(drawn=rounds_on(target, *sizes), seed=st.integers(0, 1000))
+    def check(drawn: Drawn, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn((*drawn.state.tokens.shape, VOCAB), generator=generator) * 3
+        actual = run_on(target, lopa_step, logits, drawn.state, drawn.config)
+        expected = lopa_step(logits, drawn.state, drawn.config, backend="reference")
+        assert_close(actual, expected, 2e-5)
+
+    check()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_shift_equals_rolled_logits(backend: str) -> None:
+@over([target for target in KERNELS if target.backend != "cpu"])
+def test_step_equals_the_cpu(target: Target) -> None:
+    sizes = (2, 12) if target.interpreted else (5, 60)
+
+    @settings(max_examples=examples(target, 100))
+    @given(
+        drawn=rounds_on(target, *sizes),
+        seed=st.integers(0, 1000),
+        metric=METRICS,
+        named=st.booleans(),
+    )
+    def check(drawn: Drawn, seed: int, metric: str, named: bool) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        state, config = drawn.state, replace(drawn.config, metric=metric)
+        logits = torch.randn((*state.tokens.shape, VOCAB), generator=generator) * 3
+        rows = None
+        if named:
+            needed = needed_rows(state, config, backend="cpu")
+            logits = logits.flatten(0, 2)[needed.index[: int(needed.count)]]
+            missing = torch.rand(needed.rows.shape, generator=generator) < 0.1
+            rows = torch.where(missing, -1, needed.rows)
+        actual = run_on(target, lopa_step, logits, state, config, rows)
+        assert_close(actual, lopa_step(logits, state, config, rows, backend="cpu"), 1e-5)
+
+    check()
+
+
+@over(TARGETS)
+def test_shift_equals_rolled_logits(target: Target) -> None:
     generator = torch.Generator().manual_seed(0)
     state = make_state([[1, 2, 3, 4, M, M, 5, M]] * 2, cache_len=4, commit_len=4, columns=12)
     logits = torch.randn(1, 2, 12, VOCAB, generator=generator) * 4
-    config = LopaConfig(**{**CONFIG.__dict__, "shift": True})
-    shifted = lopa_step(logits, state, config, backend=backend)
-    plain = lopa_step(logits.roll(1, dims=2), state, CONFIG, backend=backend)
+    config = replace(CONFIG, shift=True)
+    shifted = run_on(target, lopa_step, logits, state, config)
+    plain = run_on(target, lopa_step, logits.roll(1, dims=2), state, CONFIG)
     for name in ("tokens", "length", "creation", "branches", "commit_len"):
         assert torch.equal(getattr(shifted.state, name), getattr(plain.state, name)), name
     assert torch.equal(shifted.confidence, plain.confidence)
-    row = token_confidence(logits[0, int(shifted.winner), 3], metric="prob")
+    row = token_confidence(logits[0, int(shifted.winner), 3], metric="prob", backend="cpu")
     assert int(shifted.state.carry_token) == int(row.token)
     assert float(shifted.state.carry_prob) == pytest.approx(float(row.prob))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@over(TARGETS)
 class TestStatus:
-    def test_nan_in_a_needed_row_is_reported(self, backend: str) -> None:
+    def test_nan_in_a_needed_row_is_reported(self, target: Target) -> None:
         state = make_state([[M, 1, M, M]], columns=4)
         logits = torch.zeros(1, 1, 4, VOCAB)
         logits[..., 2] = 5.0
-        clean = lopa_step(logits, state, CONFIG, backend=backend)
+        clean = run_on(target, lopa_step, logits, state, CONFIG)
         assert int(clean.status) == 0
         logits[0, 0, 1] = float("nan")  # column 1 is not open
-        assert int(lopa_step(logits, state, CONFIG, backend=backend).status) == 0
+        assert int(run_on(target, lopa_step, logits, state, CONFIG).status) == 0
         logits[0, 0, 2, 4] = float("nan")
-        out = lopa_step(logits, state, CONFIG, backend=backend)
+        out = run_on(target, lopa_step, logits, state, CONFIG)
         assert int(out.status) == Status.NONFINITE
         assert torch.equal(out.state.tokens, clean.state.tokens)
 
     @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-    def test_rows_without_finite_logits_still_decode(self, backend: str, value: float) -> None:
+    def test_rows_without_finite_logits_still_decode(self, target: Target, value: float) -> None:
         state = make_state([[M, M, M, M]], columns=4)
-        config = LopaConfig(**{**CONFIG.__dict__, "max_new_tokens": 4})
+        config = replace(CONFIG, max_new_tokens=4)
         logits = torch.full((1, 1, 4, VOCAB), value)
         for filled in range(1, 5):
-            out = lopa_step(logits, state, config, backend=backend)
+            out = run_on(target, lopa_step, logits, state, config)
             assert int(out.status) == Status.NONFINITE
             state = out.state
             assert int((state.tokens != MASK).sum()) == filled
         assert bool(state.done)
         assert state.tokens.tolist() == [[[0, 0, 0, 0]]]
 
-    def test_rows_missing_or_out_of_range(self, backend: str) -> None:
+    def test_rows_missing_or_out_of_range(self, target: Target) -> None:
         state = make_state([[M, M, 1, M]], columns=4)
         logits = torch.zeros(2, VOCAB)
         logits[:, 2] = 5.0
         for bad in (-1, 2, 2**31 - 1):
             rows = torch.tensor([[[0, bad, -1, 1]]], dtype=torch.int32)
-            out = lopa_step(logits, state, CONFIG, rows, backend=backend)
+            out = run_on(target, lopa_step, logits, state, CONFIG, rows)
             assert int(out.status) == Status.MISSING_ROW | Status.NONFINITE
             assert out.state.tokens.tolist() == [[[2, M, 1, 2]]]
 
     @pytest.mark.parametrize("live", [0, -1, 3, 2**31 - 1])
-    def test_more_branches_than_slots(self, backend: str, live: int) -> None:
+    def test_more_branches_than_slots(self, target: Target, live: int) -> None:
         state = make_state([[M, M, 1, M], [M, 2, 1, M]], columns=4)
         bad = state._replace(branches=torch.tensor([live], dtype=torch.int32))
-        out = lopa_step(torch.zeros(1, 2, 4, VOCAB), bad, CONFIG, backend=backend)
+        out = run_on(target, lopa_step, torch.zeros(1, 2, 4, VOCAB), bad, CONFIG)
         assert (int(out.status), bool(out.state.done)) == (Status.BAD_STATE, True)
         assert (int(out.winner), int(out.filled)) == (0, 0)
         assert torch.equal(out.state.tokens, state.tokens)
-        assert int(needed_rows(bad, CONFIG, backend=backend).count) == 0
+        assert int(run_on(target, needed_rows, bad, CONFIG).count) == 0
 
-    def test_capacity_of_needed_rows(self, backend: str) -> None:
+    def test_capacity_of_needed_rows(self, target: Target) -> None:
         state = make_state([[M, M, 1, M]], columns=4)
-        needed = needed_rows(state, CONFIG, capacity=2, backend=backend)
+        needed = run_on(target, needed_rows, state, CONFIG, capacity=2)
         assert (needed.index.tolist(), int(needed.count)) == ([0, 1], 3)
         assert needed.rows.tolist() == [[[0, 1, -1, -1]]]
-        wide = needed_rows(state, CONFIG, capacity=6, backend=backend)
+        wide = run_on(target, needed_rows, state, CONFIG, capacity=6)
         assert wide.index.tolist() == [0, 1, 3, 0, 0, 0]
 
 
-def test_status_bits_of_one_sequence_leave_others_alone() -> None:
+@over(KERNELS)
+def test_status_bits_of_one_sequence_leave_others_alone(target: Target) -> None:
     rng = random.Random(3)
     state = random_state(rng, 4, 3, 16, 4)._replace(done=torch.zeros(4, dtype=torch.bool))
     config = random_config(rng, 4, shift=False)
     statistics = random_stats(random.Random(5), (4, 3, 16))
-    alone = branch_step(*statistics, state, config)
+    alone = run_on(target, branch_step, *statistics, state, config)
     length = state.length.clone()
     length[1] = 99
-    out = branch_step(*statistics, state._replace(length=length), config)
+    out = run_on(target, branch_step, *statistics, state._replace(length=length), config)
     assert int(out.status[1]) == Status.BAD_STATE
     for name, tensor in fields(out).items():
         keep = torch.tensor([0, 2, 3])
@@ -442,27 +533,42 @@ def test_status_bits_of_one_sequence_leave_others_alone() -> None:
         torch.testing.assert_close(tensor[keep], expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_batch_is_independent_of_threads_and_order() -> None:
+@over(KERNELS)
+def test_batch_is_independent_of_threads_and_order(target: Target, restore_threads: None) -> None:
     rng = random.Random(11)
-    state = random_state(rng, 64, 8, 128, 32)
-    statistics = random_stats(rng, (64, 8, 128))
+    batch, window = (8, 64) if target.interpreted else (64, 128)
+    state = random_state(rng, batch, 8, window, 32)
+    statistics = random_stats(rng, (batch, 8, window))
     config = random_config(rng, 32, branches=None)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = branch_step(*statistics, state, config)
-        torch.set_num_threads(2)
-        two = branch_step(*statistics, state, config)
-    finally:
-        torch.set_num_threads(threads)
-    assert_same(two, one)
-    flipped = branch_step(
-        *(t.flip(0) for t in statistics), LopaState(*(t.flip(0) for t in state)), config
-    )
+    torch.set_num_threads(1)
+    one = run_on(target, branch_step, *statistics, state, config)
+    torch.set_num_threads(2)
+    assert_same(run_on(target, branch_step, *statistics, state, config), one)
+    backwards = (*(t.flip(0) for t in statistics), LopaState(*(t.flip(0) for t in state)))
+    flipped = run_on(target, branch_step, *backwards, config)
     for name, tensor in fields(flipped).items():
         torch.testing.assert_close(
             tensor.flip(0), fields(one)[name], rtol=0, atol=0, equal_nan=True
         )
+
+
+@over(KERNELS)
+def test_outputs_are_checked_before_anything_is_written(target: Target) -> None:
+    _, state, config = target.to(sample_inputs())
+    statistics = target.to(random_stats(random.Random(0), tuple(state.tokens.shape)))
+    for spoil, message in (
+        (torch.Tensor.double, "next_creation: expected"),
+        (lambda t: t[:, :-1], "next_creation: expected shape"),
+        (lambda t: t.repeat(1, 2)[:, ::2], "contiguous"),
+    ):
+        out = empty_step(state, config)
+        before = clone(out.state)
+        bad = out.state._replace(creation=spoil(out.state.creation))
+        with pytest.raises(RuntimeError, match=message):
+            branch_step_out(
+                *statistics, state, config, out._replace(state=bad), backend=target.backend
+            )
+        assert torch.equal(out.state.tokens, before.tokens)
 
 
 def test_backend_selection() -> None:
@@ -485,16 +591,19 @@ def test_numpy_in_numpy_out() -> None:
         np.testing.assert_array_equal(array, tensor.numpy(), err_msg=name)
 
 
-def test_sampled_round_is_keyed_by_seed_and_step() -> None:
+@over(KERNELS)
+def test_sampled_round_is_keyed_by_seed_and_step(target: Target) -> None:
     logits, state, config = sample_inputs()
-    sampled = LopaConfig(**{**config.__dict__, "temperature": 1.5})
-    seed = torch.tensor(7)
+    if target.interpreted:  # a second for a row
+        logits, state = logits[:1, :1, :4], make_state([[M, M, 1, M]])
+    sampled = replace(config, temperature=1.5)
+    keys = [{"seed": torch.tensor(7), "step": torch.tensor(step)} for step in range(2)]
 
     def run(step: int) -> LopaStep:
-        return lopa_step(logits, state, sampled, seed=seed, step=torch.tensor(step))
+        return run_on(target, lopa_step, logits, state, sampled, **keys[step])
 
     assert_same(run(0), run(0))
-    tokens = [token_confidence(logits, metric=config.metric, temperature=1.5, seed=seed,
-                               step=torch.tensor(s)) for s in range(2)]  # fmt: skip
+    options = {"metric": config.metric, "temperature": 1.5}
+    tokens = [run_on(target, token_confidence, logits, **options, **key) for key in keys]
     assert not torch.equal(tokens[0].token, tokens[1].token)
-    assert_same(run(1), branch_step(*tokens[1], state, sampled))
+    assert_same(run(1), run_on(target, branch_step, *tokens[1], state, sampled))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
-from states import MASK, VOCAB, clone, op_args, sample_inputs
+from states import MASK, clone, op_args, sample_inputs
+from targets import KERNELS, TARGETS, Target, over
 
 from lopa_kernels import (
     LopaConfig,
@@ -16,6 +20,14 @@ from lopa_kernels import (
     lopa_step_out,
     needed_rows,
 )
+
+#: behind a C++ boundary
+NATIVE = [target for target in KERNELS if target.backend != "triton"]
+
+
+def inputs(target: Target) -> tuple[torch.Tensor, LopaState, LopaConfig, Callable[..., LopaStep]]:
+    """Good inputs on the target, and lopa_step there."""
+    return (*target.to(sample_inputs()), partial(lopa_step, backend=target.backend))
 
 
 class TestBadInput:
@@ -59,75 +71,84 @@ class TestBadInput:
             LopaConfig(**good, reduction="group")
         assert hash(LopaConfig(**good)) == hash(LopaConfig(**good))
 
-    def test_state_fields(self) -> None:
-        logits, state, config = sample_inputs()
+    @over(TARGETS)
+    def test_state_fields(self, target: Target) -> None:
+        logits, state, config, step = inputs(target)
+        device = logits.device
         for name, tensor in state._asdict().items():
             wrong = torch.float64 if tensor.dtype != torch.float64 else torch.float32
             with pytest.raises(TypeError, match=rf"lopa_step: state.{name}: expected dtype"):
-                lopa_step(logits, state._replace(**{name: tensor.to(wrong)}), config)
+                step(logits, state._replace(**{name: tensor.to(wrong)}), config)
             if name != "tokens":
                 with pytest.raises(ValueError, match=rf"state.{name}: expected shape"):
-                    lopa_step(logits, state._replace(**{name: tensor[:1]}), config)
+                    step(logits, state._replace(**{name: tensor[:1]}), config)
             if name != "tokens":
                 other = state._replace(**{name: tensor.to("meta")})
-                with pytest.raises(ValueError, match=rf"state.{name}: expected a tensor on cpu"):
-                    lopa_step(logits, other, config)
-        with pytest.raises(ValueError, match="logits: expected a tensor on cpu, got meta"):
-            lopa_step(logits.to("meta"), state, config)
+                wanted = rf"state.{name}: expected a tensor on {device}, got meta"
+                with pytest.raises(ValueError, match=wanted):
+                    step(logits, other, config)
+        with pytest.raises(ValueError, match=f"logits: expected a tensor on {device}, got meta"):
+            step(logits.to("meta"), state, config)
         with pytest.raises(ValueError, match=r"state.tokens: expected shape \[B, K, W\]"):
-            lopa_step(logits, state._replace(tokens=state.tokens[0]), config)
+            step(logits, state._replace(tokens=state.tokens[0]), config)
 
-    def test_empty_dimensions(self) -> None:
-        logits, state, config = sample_inputs()
+    @over(KERNELS)
+    def test_empty_dimensions(self, target: Target) -> None:
+        logits, state, config, step = inputs(target)
         none = state._replace(tokens=state.tokens[:, :0])
         with pytest.raises(ValueError, match="at least one branch and one column"):
-            lopa_step(logits, none, config)
+            step(logits, none, config)
         empty = LopaState(*(t[:0] for t in state))
-        out = lopa_step(logits[:0], empty, config)
+        out = step(logits[:0], empty, config)
         assert out.state.tokens.shape == (0, 3, 16)
-        rows = torch.full((2, 3, 16), -1, dtype=torch.int32)
-        out = lopa_step(torch.empty(0, VOCAB), state, config, rows)
-        open_somewhere = needed_rows(state, config).count.item() > 0
+        rows = torch.full((2, 3, 16), -1, dtype=torch.int32, device=logits.device)
+        out = step(logits.flatten(0, 2)[:0], state, config, rows)
+        open_somewhere = needed_rows(state, config, backend=target.backend).count.item() > 0
         assert open_somewhere
         assert bool((out.status & Status.MISSING_ROW).any())
 
-    def test_logits(self) -> None:
-        logits, state, config = sample_inputs()
+    @over(TARGETS)
+    def test_logits(self, target: Target) -> None:
+        logits, state, config, step = inputs(target)
         with pytest.raises(TypeError, match="logits: expected dtype torch.bfloat16 or"):
-            lopa_step(logits.double(), state, config)
+            step(logits.double(), state, config)
         with pytest.raises(ValueError, match=r"logits: expected shape \[2, 3, 16, 10\], got"):
-            lopa_step(logits[:, :, :8], state, config)
+            step(logits[:, :, :8], state, config)
         with pytest.raises(ValueError, match="logits: expected unit stride"):
-            lopa_step(logits.transpose(-1, -2).contiguous().transpose(-1, -2), state, config)
+            step(logits.transpose(-1, -2).contiguous().transpose(-1, -2), state, config)
         with pytest.raises(ValueError, match="logits: expected 4 dimensions"):
-            lopa_step(logits[0], state, config)
+            step(logits[0], state, config)
         with pytest.raises(ValueError, match="logits: expected 2 dimensions"):
-            lopa_step(logits, state, config, rows=state.tokens.int())
+            step(logits, state, config, rows=state.tokens.int())
         with pytest.raises(ValueError, match=r"rows: expected shape \[2, 3, 16\]"):
-            lopa_step(logits.flatten(0, 2), state, config, rows=state.length)
+            step(logits.flatten(0, 2), state, config, rows=state.length)
         with pytest.raises(TypeError, match="rows: expected dtype torch.int32"):
-            lopa_step(logits.flatten(0, 2), state, config, rows=state.tokens)
+            step(logits.flatten(0, 2), state, config, rows=state.tokens)
         with pytest.raises(ValueError, match="logits: expected a vocabulary"):
-            lopa_step(logits[..., :0], state, config)
+            step(logits[..., :0], state, config)
 
-    def test_sampling_needs_a_seed(self) -> None:
-        logits, state, config = sample_inputs()
+    @over(TARGETS)
+    def test_sampling_needs_a_seed(self, target: Target) -> None:
+        logits, state, config, step = inputs(target)
         sampled = LopaConfig(**{**config.__dict__, "temperature": 0.7})
         with pytest.raises(ValueError, match="seed: expected an int64 tensor"):
-            lopa_step(logits, state, sampled)
+            step(logits, state, sampled)
         with pytest.raises(TypeError, match="seed: expected dtype torch.int64"):
-            lopa_step(logits, state, sampled, seed=torch.tensor(1.0))
+            step(logits, state, sampled, seed=target.to(torch.tensor(1.0)))
+        seed, two = target.to((torch.tensor(1), torch.tensor([1, 2])))
         with pytest.raises(ValueError, match="step: expected one element"):
-            lopa_step(logits, state, sampled, seed=torch.tensor(1), step=torch.tensor([1, 2]))
+            step(logits, state, sampled, seed=seed, step=two)
 
-    def test_window_smaller_than_a_block(self) -> None:
-        logits, state, _ = sample_inputs()
+    @over(TARGETS)
+    def test_window_smaller_than_a_block(self, target: Target) -> None:
+        logits, state, _, step = inputs(target)
         config = LopaConfig(mask_id=MASK, max_new_tokens=32, block_size=32)
         with pytest.raises(ValueError, match=r"a window of at least block_size \(32\) columns"):
-            lopa_step(logits, state, config)
+            step(logits, state, config)
 
-    def test_through_torch_ops(self) -> None:
-        logits, state, config = sample_inputs()
+    @over(NATIVE)
+    def test_through_torch_ops(self, target: Target) -> None:
+        logits, state, config, _ = inputs(target)
         args = list(op_args(logits, state, config))
         names = ("tau_conf", "tau_add", "tau_act")
         for offset, name in enumerate(names):
@@ -144,21 +165,24 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match="out_branches: expected at least 1, got 0"):
             torch.ops.lopa.lopa_step(*bad)
 
-    def test_in_place_needs_equal_shapes_and_whole_states(self) -> None:
-        logits, state, config = sample_inputs()
+    @over(KERNELS)
+    def test_in_place_needs_equal_shapes_and_whole_states(self, target: Target) -> None:
+        logits, state, config, _ = inputs(target)
+        run = partial(lopa_step_out, backend=target.backend)
         wider = LopaConfig(**{**config.__dict__, "branches": 5})
         own = clone(state)
-        with pytest.raises(RuntimeError, match="for an in-place step, got 5"):
-            lopa_step_out(logits, own, wider, LopaStep(own, *empty_step(state, config)[1:]))
+        with pytest.raises(RuntimeError, match=r"for an in-place step, got \(?5"):
+            run(logits, own, wider, LopaStep(own, *empty_step(state, config)[1:]))
         assert all(torch.equal(a, b) for a, b in zip(own, state, strict=True))
         mixed = empty_step(state, config)
         mixed = mixed._replace(state=mixed.state._replace(tokens=own.tokens))
         with pytest.raises(ValueError, match="all tensors of the state, or none"):
-            lopa_step_out(logits, own, config, mixed)
+            run(logits, own, config, mixed)
 
     def test_missing_backends(self) -> None:
         logits, state, config = sample_inputs()
-        with pytest.raises(ValueError, match="backend: expected one of auto, cpu, reference"):
+        names = "auto, cpu, cuda, triton, reference"
+        with pytest.raises(ValueError, match=f"backend: expected one of {names}, got 'gpu'"):
             lopa_step(logits, state, config, backend="gpu")
         meta = LopaState(*(t.to("meta") for t in state))
         with pytest.raises(RuntimeError, match="no backend for device type 'meta'"):

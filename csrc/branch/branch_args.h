@@ -88,14 +88,15 @@ struct BranchOperators {
     if (length_in) check_tensor(op, "length", *length_in, ScalarType::Int, {B, K}, device);
     const Tensor score = as_contiguous(score_in), open = as_contiguous(open_in),
                  creation = as_contiguous(creation_in);
-    const Tensor branches = branches_in ? as_contiguous(*branches_in) : Tensor();
-    const Tensor length = length_in ? as_contiguous(*length_in) : Tensor();
+    OptTensor branches, length;
+    if (branches_in) branches = as_contiguous(*branches_in);
+    if (length_in) length = as_contiguous(*length_in);
     const Tensor out(empty_handle({B, K}, ScalarType::Float, device));
     backend.confidence(
         op,
         ConfidenceView{B, K, W, data<float>(score), data<bool>(open), data<float>(creation),
-                       branches_in ? data<int32_t>(branches) : nullptr,
-                       length_in ? data<int32_t>(length) : nullptr, mutable_data<float>(out)},
+                       branches ? data<int32_t>(*branches) : nullptr,
+                       length ? data<int32_t>(*length) : nullptr, mutable_data<float>(out)},
         config);
     return out;
   }

@@ -75,10 +75,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t at = b * view.W;
   const Columns columns{view.tokens + at,
                         {view.stats.token + at, view.stats.prob + at, view.stats.score + at},
-                        false,
                         0,
-                        0.0f,
-                        0.0f};
+                        {}};
   const int lookahead = static_cast<int>(smaller(view.lookahead, view.W));
   const Selected selected =
       select_columns(columns, blocks, lookahead, 0, config, -1, space, nullptr);

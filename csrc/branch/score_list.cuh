@@ -59,6 +59,7 @@ __device__ __noinline__ inline double lowest_mean(const float* scores, int count
                                                   uint32_t lowest) {
   __syncwarp();
   uint32_t highest = 0;
+#pragma unroll 1
   for (int i = lane_index(); i < count; i += 32) highest = max(highest, rank_key(scores[i]));
   highest = __reduce_max_sync(kWholeWarp, highest);
   // The m-th lowest key, bit by bit from the first in which the keys differ.
@@ -66,15 +67,18 @@ __device__ __noinline__ inline double lowest_mean(const float* scores, int count
   if (lowest != highest) {
     int bit = 31 - __clz(lowest ^ highest);
     key &= ~((2u << bit) - 1u);
+#pragma unroll 1
     for (; bit >= 0; --bit) {
       const uint32_t candidate = key | 1u << bit;
       int below = 0;
+#pragma unroll 1
       for (int i = lane_index(); i < count; i += 32) below += rank_key(scores[i]) < candidate;
       if (__reduce_add_sync(kWholeWarp, below) < m) key = candidate;
     }
   }
   double sum = 0.0;
   int below = 0;
+#pragma unroll 1
   for (int i = lane_index(); i < count; i += 32) {
     if (rank_key(scores[i]) < key) {
       sum += static_cast<double>(scores[i]);
@@ -92,6 +96,7 @@ __device__ __noinline__ inline double lowest_group(const float* scores, int coun
   __syncwarp();
   const int lane = lane_index();
   double before = 0.0, least = static_cast<double>(kInf);
+#pragma unroll 1
   for (int base = 0; base < count; base += 32) {
     const int i = base + lane;
     double sum = 0.0;
@@ -130,11 +135,11 @@ class ScoreList {
   // The next 32 columns, one a lane.
   __device__ __forceinline__ void add(bool open, float score) {
     const unsigned lanes = __ballot_sync(kWholeWarp, open);
-    if (open) {
-      score = rankable(score);
-      total_ += static_cast<double>(score);
-      lowest_ = fminf(lowest_, score);
-      if (kept_ != nullptr) kept_[count_ + __popc(lanes & ((1u << lane_index()) - 1u))] = score;
+    score = open ? rankable(score) : kInf;
+    total_ += open ? static_cast<double>(score) : 0.0;
+    lowest_ = fminf(lowest_, score);
+    if (kept_ != nullptr && open) {
+      kept_[count_ + __popc(lanes & ((1u << lane_index()) - 1u))] = score;
     }
     count_ += __popc(lanes);
   }

@@ -10,26 +10,29 @@
 namespace lopa {
 namespace branch {
 
+// What a row of logits says of the column that it predicts.
+struct Prediction {
+  int64_t token;
+  float prob, score;
+};
+
 // The columns of one branch: tokens, and the statistics of its rows of logits. With shifted logits
-// a column's statistics are those of the row before it, and column 0's are carried.
+// (shift 1) a column's are those of the row before it, and column 0's are carried.
 struct Columns {
   const int64_t* tokens;
   ColumnStats stats;
-  bool shift;
-  int64_t carry_token;
-  float carry_prob, carry_score;
+  int shift;
+  Prediction carried;
 
-  __device__ __forceinline__ int64_t token(int c) const {
-    if (!shift) return stats.token[c];
-    return c > 0 ? stats.token[c - 1] : carry_token;
+  __device__ __forceinline__ Prediction prediction(int c) const {
+    const int row = c - shift;
+    Prediction p = carried;
+    if (row >= 0) p = {stats.token[row], stats.prob[row], stats.score[row]};
+    return p;
   }
-  __device__ __forceinline__ float prob(int c) const {
-    if (!shift) return stats.prob[c];
-    return c > 0 ? stats.prob[c - 1] : carry_prob;
-  }
+
   __device__ __forceinline__ float score(int c) const {
-    if (!shift) return stats.score[c];
-    return c > 0 ? stats.score[c - 1] : carry_score;
+    return c >= shift ? stats.score[c - shift] : carried.score;
   }
 };
 
@@ -102,6 +105,7 @@ __device__ __forceinline__ uint32_t range_bits(int w, int begin, int end) {
 // By a warp: how many bits of [begin, end) are set.
 __device__ __forceinline__ int count_bits(const uint32_t* mask, int begin, int end) {
   int count = 0;
+#pragma unroll 1
   for (int w = begin / 32 + lane_index(); 32 * w < end; w += 32) {
     count += __popc(mask[w] & range_bits(w, begin, end));
   }
@@ -117,6 +121,7 @@ struct Best {
 __device__ __forceinline__ Best best_column(const uint32_t* keys, int begin, int end) {
   uint32_t key = 0;
   int column = INT_MAX;
+#pragma unroll 1
   for (int c = begin + lane_index(); c < end; c += 32) {
     if (keys[c] > key) {
       key = keys[c];
@@ -136,6 +141,7 @@ __device__ __forceinline__ void set_bit(uint32_t* mask, int column) {
 __device__ inline void read_columns(const Columns& columns, const Blocks& blocks,
                                     const SelectConfig& config, int64_t eos_id,
                                     const SelectSpace& space, int64_t* values) {
+#pragma unroll 1
   for (int w = warp_index(); 32 * w < blocks.length; w += warp_count()) {
     const int c = 32 * w + lane_index();
     int64_t value = config.mask_id;
@@ -144,16 +150,14 @@ __device__ inline void read_columns(const Columns& columns, const Blocks& blocks
     bool eligible = false, accepted = false, eos = false;
     uint32_t key = 0;
     if (open) {
-      const int64_t token = columns.token(c);
-      const float score = columns.score(c);
-      const float accept = config.accept == Accept::kProb ? columns.prob(c) : score;
+      const Prediction p = columns.prediction(c);
       // A prediction of the mask itself, or of no token, fills nothing.
-      eligible = token >= 0 && token != config.mask_id;
+      eligible = p.token >= 0 && p.token != config.mask_id;
       if (eligible) {
-        value = token;
-        accepted = accept > config.tau_conf;
-        eos = eos_id >= 0 && token == eos_id;
-        if (!accepted) key = rank_key(score);
+        value = p.token;
+        accepted = (config.accept == Accept::kProb ? p.prob : p.score) > config.tau_conf;
+        eos = eos_id >= 0 && p.token == eos_id;
+        if (!accepted) key = rank_key(p.score);
       }
     }
     if (values != nullptr) values[c] = value;
@@ -189,6 +193,7 @@ __device__ inline void fill_fallbacks(const Blocks& blocks, const SelectConfig& 
     return;
   }
   const int count = blocks.count();
+#pragma unroll 1
   for (int block = warp_index(); block < count; block += warp_count()) {
     const int begin = blocks.begin(block), end = blocks.end(block);
     if (count_bits(space.accepted, begin, end) > 0) continue;
@@ -205,6 +210,7 @@ __device__ inline void fill_fallbacks(const Blocks& blocks, const SelectConfig& 
 __device__ inline Selected summarize(const Blocks& blocks, int tail, const SelectSpace& space) {
   int first_open = blocks.length, tail_open = 0, filled = 0, rest = 0;
   unsigned seen = 0;
+#pragma unroll 1
   for (int w = lane_index(); 32 * w < blocks.length; w += 32) {
     const uint32_t open = space.open[w], fill = space.fill[w], left = open & ~fill;
     if (left != 0) first_open = min(first_open, 32 * w + __ffs(left) - 1);
@@ -233,6 +239,7 @@ __device__ inline void rank_by_counting(const Blocks& blocks, int lookahead,
   while (team_bits < 3 && columns << (team_bits + 1) <= static_cast<int>(blockDim.x)) ++team_bits;
   const int team = 1 << team_bits;
   const uint4* quads = reinterpret_cast<const uint4*>(space.keys);
+#pragma unroll 1
   for (int base = 32 * warp_index(); base < columns << team_bits; base += blockDim.x) {
     const int member = (base + lane) % team;
     const int column = blocks.first + ((base + lane) >> team_bits);
@@ -249,6 +256,7 @@ __device__ inline void rank_by_counting(const Blocks& blocks, int lookahead,
     if (member == 0) {
       for (int c = 4 * own; c < column; ++c) rank += space.keys[c] == key;
     }
+#pragma unroll 1
     for (int step = 1; step < team; step *= 2) rank += __shfl_xor_sync(kWholeWarp, rank, step);
     if (member == 0 && key != 0 && rank < lookahead) space.lookahead[rank] = column;
   }
@@ -263,6 +271,7 @@ __device__ inline void rank_by_runs(const Blocks& blocks, int lookahead, const S
     return best_column(space.keys, static_cast<int>(smaller<int64_t>(begin, blocks.length)),
                        static_cast<int>(smaller<int64_t>(begin + run_columns, blocks.length)));
   };
+#pragma unroll 1
   for (int run = warp_index(); run < 32; run += warp_count()) {
     const Best best = best_of_run(run);
     if (lane == 0) {
@@ -273,6 +282,7 @@ __device__ inline void rank_by_runs(const Blocks& blocks, int lookahead, const S
   __syncthreads();
   if (warp_index() != 0) return;
   Best head = {space.heads[lane], static_cast<int>(space.heads[32 + lane])};
+#pragma unroll 1
   for (int rank = 0; rank < lookahead; ++rank) {
     __syncwarp();
     const uint32_t highest = __reduce_max_sync(kWholeWarp, head.key);

@@ -598,13 +598,8 @@ __device__ __forceinline__ void load_tile(const Item<T>& item, const T* stage, i
 template <typename T>
 constexpr size_t kStageBytes = kTile * sizeof(T) + sizeof(uint64_t) + sizeof(Item<T>);
 
-// As if the CTA had that many threads more: registers for a CTA of the merge, which waits beside
-// the pass for its end.
-template <typename T>
-constexpr int kMergeRoom = 128;
-
 template <typename T, bool kSecond, bool kWeighted>
-__global__ void __launch_bounds__(kPassThreads<T> + kMergeRoom<T>, 1)
+__global__ void __launch_bounds__(kPassThreads<T>, 1)
     vocabulary_pass_kernel(const __grid_constant__ VocabularyArgs args, int stages) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int lane = threadIdx.x % 32;

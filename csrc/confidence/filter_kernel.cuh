@@ -232,15 +232,21 @@ struct FilteredMerge {
   __device__ static void narrow(const Context& c, uint32_t* low, uint32_t* high, int64_t* before,
                                 uint64_t* mass_before) {
     Shared& shared = c.shared;
-    const uint32_t from = *low & ~kUnusedKeyBits<T>, to = *high;
+    const uint32_t to = *high;
+    const uint32_t from = c.max < FLT_MAX ? *low & ~kUnusedKeyBits<T> : *low;
     int shift = max(0, 32 - __clz(to - from) - kFilterBits);
-    const bool single = (1u << shift) - 1 <= kUnusedKeyBits<T> && kUnusedKeyBits<T> > 0;
+    // The largest float, which stands for +inf, is no number of two bytes.
+    const bool single =
+        kUnusedKeyBits<T> > 0 && (1u << shift) - 1 <= kUnusedKeyBits<T> && c.max < FLT_MAX;
     if (single) shift = 32 - __clz(kUnusedKeyBits<T>);
+    // The one key in a bin of `single` ones.
+    const auto only_key = [&](int bin) {
+      const uint32_t key = from + (static_cast<uint32_t>(bin) << shift);
+      return key >> 31 ? key : key | kUnusedKeyBits<T>;
+    };
     const auto bin_mass = [&](int bin, uint32_t count) -> uint64_t {
       if (!single) return shared.mass[bin];
-      const uint32_t key = from + (static_cast<uint32_t>(bin) << shift);
-      return count * mass_units(c.weight(
-                         sanitized(filter_value(key >> 31 ? key : key | kUnusedKeyBits<T>))));
+      return count * mass_units(c.weight(filter_value(only_key(bin))));
     };
     for (int bin = threadIdx.x; bin < kFilterBins; bin += kMergeThreads) {
       shared.count[bin] = 0;
@@ -298,8 +304,8 @@ struct FilteredMerge {
     }
     __syncthreads();
     const uint32_t start = from + (static_cast<uint32_t>(shared.boundary) << shift);
-    *low = start;
-    *high = min(to, start + ((1u << shift) - 1));
+    *low = single ? only_key(shared.boundary) : start;
+    *high = single ? *low : min(to, start + ((1u << shift) - 1));
     *before = shared.before;
     *mass_before = shared.mass_before;
     __syncthreads();
@@ -474,7 +480,7 @@ struct FilteredMerge {
           break;
         }
       }
-      if (low == high) {
+      if (low == high && count > 0) {
         // More equal logits than fit: the order among them is that of their indices.
         const uint64_t each = mass_units(c.weight(filter_value(low)));
         int64_t here = smaller<int64_t>(count, args.top_k - before);

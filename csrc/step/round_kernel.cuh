@@ -29,6 +29,7 @@ __device__ __forceinline__ void stage(T* to, const T* from, int n) {
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
     copy_async<16>(to + i * kVector, from + i * kVector);
   }
+#pragma unroll 1
   for (int i = vectors * kVector + threadIdx.x; i < n; i += blockDim.x) {
     copy_async<sizeof(T)>(to + i, from + i);
   }
@@ -71,23 +72,30 @@ __device__ __forceinline__ int32_t branch_confidence(const Numbers& n, int lengt
   if (flags != nullptr && config.shift && n.commit_len > 0) {
     status |= row_status(flags[n.commit_len - 1]);
   }
+#pragma unroll 1
   for (int base = n.first_generated(); base < length; base += 32 * kBatch) {
     bool open[kBatch];
     float score[kBatch];
     int32_t row[kBatch];
+    // Columns beyond the length read the last one again: loads without branches overlap.
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int c = base + 32 * j + lane, from = min(c, length - 1);
+      open[j] = columns.tokens[from] == mask_id;
+      if (!kFromLogits) score[j] = columns.stats.score[max(from - columns.shift, 0)];
+    }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const int c = base + 32 * j + lane;
-      open[j] = c < length && columns.tokens[c] == mask_id;
-      if (!kFromLogits) score[j] = c < length ? columns.score(c) : 0.0f;
-    }
-    if (kFromLogits) {
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int c = base + 32 * j + lane, r = config.shift ? c - 1 : c;
-        const bool has_row = open[j] && r >= 0 && flags != nullptr;
-        score[j] = has_row || (open[j] && r < 0) ? columns.score(c) : 0.0f;
-        row[j] = has_row ? row_status(flags[r]) : 0;
+      open[j] = open[j] && c < length;
+      row[j] = 0;
+      if (c < columns.shift) {
+        score[j] = columns.carried.score;
+      } else if (kFromLogits && open[j] && flags != nullptr) {
+        score[j] = columns.stats.score[c - columns.shift];
+        row[j] = row_status(flags[c - columns.shift]);
+      } else if (kFromLogits) {
+        score[j] = 0.0f;
       }
     }
 #pragma unroll
@@ -97,7 +105,7 @@ __device__ __forceinline__ int32_t branch_confidence(const Numbers& n, int lengt
         if (c < n.commit_len) status |= kBadState;
         // Statistics of infinite or NaN score come from rows without a usable distribution.
         if (!isfinite(score[j])) status |= kNonfinite;
-        if (kFromLogits) status |= row[j];
+        status |= row[j];
       }
       list.add(open[j], score[j]);
     }
@@ -118,6 +126,7 @@ __device__ __forceinline__ Winner find_winner(const BranchWords& words, int bran
                                               bool force_anchor) {
   uint32_t key = 0;
   int slot = INT_MAX, status = 0;
+#pragma unroll 1
   for (int k = lane_index(); k < branches; k += 32) {
     status |= words.status[k];
     const float confidence = words.confidence[k];
@@ -142,10 +151,12 @@ __device__ inline void pass_through(const SequenceView& s, const int64_t* tokens
   const int K = static_cast<int>(s.K), W = static_cast<int>(s.W);
   const int slots = static_cast<int>(output.branches), window = static_cast<int>(output.window);
   const int columns = min(W, window);
+#pragma unroll 1
   for (int k = warp_index(); k < slots; k += warp_count()) {
     const bool exists = k < K;
     const int64_t* from = tokens + static_cast<int64_t>(k) * W;
     int64_t* to = out.tokens + static_cast<int64_t>(k) * window;
+#pragma unroll 1
     for (int c = lane_index(); c < window; c += 32) {
       to[c] = exists && c < columns ? from[c] : mask_id;
     }
@@ -155,7 +166,9 @@ __device__ inline void pass_through(const SequenceView& s, const int64_t* tokens
       out.eos[k] = exists && s.eos[k];
     }
   }
+#pragma unroll 1
   for (int k = threadIdx.x; k < K; k += blockDim.x) out.confidence[k] = -kInf;
+#pragma unroll 1
   for (int c = threadIdx.x; c < W; c += blockDim.x) out.committed[c] = -1;
   if (threadIdx.x != 0) return;
   *out.branches = min(max(s.branches, 1), min(K, slots));
@@ -193,6 +206,7 @@ __device__ inline void write_branches(const Next& next, int slid, int live, bool
                                       const branch::Columns& own, const int64_t* values,
                                       const branch::SelectSpace& space, const RoundConfig& config,
                                       const SequenceOutput& out) {
+#pragma unroll 1
   for (int k = warp_index(); k < config.branches; k += warp_count()) {
     const bool is_live = k < live;
     int column = -1, length = 0;
@@ -234,7 +248,6 @@ __device__ __forceinline__ void run_round(const RoundArgs& args, int64_t b, bool
                                           char* shared) {
   const RoundConfig& config = args.config;
   const SequenceView s = args.state.sequence(b);
-  const SequenceOutput out = args.output.sequence(b);
   const branch::Memory memory{shared, args.memory + b * args.memory_of_sequence};
   const int K = static_cast<int>(s.K), W = static_cast<int>(s.W);
   const Numbers n{K, W, s.branches, s.cache_len, s.commit_len, s.prompt_len};
@@ -271,9 +284,10 @@ __device__ __forceinline__ void run_round(const RoundArgs& args, int64_t b, bool
   }
   auto columns_of = [&](int k) {
     const int64_t at = int64_t{k} * W;
-    return branch::Columns{tokens + at,  {stats.token + at, stats.prob + at, stats.score + at},
-                           config.shift, s.carry_token,
-                           s.carry_prob, s.carry_score};
+    return branch::Columns{tokens + at,
+                           {stats.token + at, stats.prob + at, stats.score + at},
+                           config.shift ? 1 : 0,
+                           {s.carry_token, s.carry_prob, s.carry_score}};
   };
 
   const BranchWords words(memory.at<float>(args.places.branches), K);
@@ -283,6 +297,7 @@ __device__ __forceinline__ void run_round(const RoundArgs& args, int64_t b, bool
     if (branch::keeps_scores(config.reduce)) {
       scores = memory.at<float>(args.places.scores) + int64_t{warp} * W;
     }
+#pragma unroll 1
     for (int k = warp; k < n.branches; k += warps) {
       const uint8_t* flags = has_rows ? args.flags + b * slots + int64_t{k} * W : nullptr;
       float confidence;
@@ -300,7 +315,8 @@ __device__ __forceinline__ void run_round(const RoundArgs& args, int64_t b, bool
   Winner winner{0, 0};
   if (sound) winner = find_winner(words, n.branches, config.force_anchor);
   if (!sound || winner.status & kBadState) {
-    pass_through(s, tokens, args.output, out, config.select.mask_id, s.done ? 0 : kBadState);
+    pass_through(s, tokens, args.output, args.output.sequence(b), config.select.mask_id,
+                 s.done ? 0 : kBadState);
     return;
   }
   int32_t status = winner.status;
@@ -308,13 +324,8 @@ __device__ __forceinline__ void run_round(const RoundArgs& args, int64_t b, bool
   length = words.length[winner.branch];
   eos = words.status[winner.branch] & kBranchEos;
   const int slid = n.commit_len;
-  int64_t carry_token = s.carry_token;
-  float carry_prob = s.carry_prob, carry_score = s.carry_score;
-  if (config.shift && slid > 0 && threadIdx.x == 0) {
-    carry_token = own.stats.token[slid - 1];
-    carry_prob = own.stats.prob[slid - 1];
-    carry_score = own.stats.score[slid - 1];
-  }
+  branch::Prediction carried = own.carried;
+  if (config.shift && slid > 0 && threadIdx.x == 0) carried = own.prediction(slid);
 
   Next next{};
   next.cache_len = n.cache_len + slid;
@@ -353,8 +364,11 @@ __device__ __forceinline__ void run_round(const RoundArgs& args, int64_t b, bool
   next.missing = static_cast<int>(config.add_count) - last_filled;
   eos = eos || selected.eos;
 
+  const SequenceOutput out = args.output.sequence(b);
   write_branches(next, slid, live, eos, own, values, space, config, out);
+#pragma unroll 1
   for (int c = threadIdx.x; c < W; c += blockDim.x) out.committed[c] = c < slid ? values[c] : -1;
+#pragma unroll 1
   for (int k = threadIdx.x; k < K; k += blockDim.x) {
     out.confidence[k] = k < n.branches ? words.confidence[k] : -kInf;
   }
@@ -368,9 +382,9 @@ __device__ __forceinline__ void run_round(const RoundArgs& args, int64_t b, bool
   *out.cache_len = next.cache_len;
   *out.commit_len = next.commit_len;
   *out.prompt_len = n.prompt_len;
-  *out.carry_token = carry_token;
-  *out.carry_prob = carry_prob;
-  *out.carry_score = carry_score;
+  *out.carry_token = carried.token;
+  *out.carry_prob = carried.prob;
+  *out.carry_score = carried.score;
   *out.done = (selected.first_open == length && !wants) || stalled || next.full;
   *out.winner = winner.branch;
   *out.filled = selected.filled;

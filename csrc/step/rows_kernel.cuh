@@ -211,7 +211,7 @@ __device__ __forceinline__ Share share_counts(int32_t own, int32_t* shared) {
 
 // One CTA, or one cluster of CTAs, which share the sequences.
 __global__ void __launch_bounds__(kRowsThreads) rows_kernel(const __grid_constant__ RowsArgs args) {
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(128) char shared[];
   __shared__ int32_t shared_count;
   release_successor();
   wait_for_predecessor();

@@ -63,8 +63,11 @@ class Cuda : public CudaCall {
     const int64_t slots = view.B * view.K * view.W;
     confidence::VocabularyArgs pass = make_vocabulary_args(op, logits_view, sampling, false, slots);
     if (slots == 0) return;
-    const Tensor map = rows ? as_contiguous(*rows) : Tensor();
-    if (rows) pass.rows = data<int32_t>(map);
+    OptTensor map;
+    if (rows.has_value()) {
+      map = as_contiguous(*rows);
+      pass.rows = data<int32_t>(*map);
+    }
 
     const step::RoundPlan plan = step::plan_round(view, config, true);
     Pieces memory;

@@ -1,15 +1,18 @@
 """The branch room in Triton, and the device functions that a round shares with it.
 
-A window is worked on as a tile of its blocks, a row each (:func:`block_columns`), so that what the
-rules ask of a block is a reduction along a row. Integers that only say how large something is, and
-switches, are arguments; constants of the compilation are the sizes of tiles, so that states of
-many shapes share few kernels.
+A window is worked on as a tile of its blocks (:func:`block_columns`), so that what the rules ask of
+a block is a reduction. Columns run along the first dimension of a tile, branches or blocks along
+the second: for indirect loads too the compiler then gives neighbouring columns to the lanes of a
+warp, and one layout serves all. Integers that only say how large something is, and switches, are
+arguments; constants of the compilation are the sizes of tiles, so that states of many shapes share
+few kernels.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import struct
 from typing import Any
 
@@ -24,7 +27,6 @@ from lopa_kernels.config import ACCEPTS, FALLBACKS, REDUCTIONS
 NO_COLUMN = tl.constexpr(2**31 - 1)
 LOWEST_KEY = tl.constexpr(-(2**31))
 
-MEAN = tl.constexpr(REDUCTIONS.index("mean"))
 BOTTOM = tl.constexpr(REDUCTIONS.index("bottom"))
 GROUP = tl.constexpr(REDUCTIONS.index("group"))
 MIN = tl.constexpr(REDUCTIONS.index("min"))
@@ -36,13 +38,13 @@ MAX_WINDOW = 32768
 
 
 @triton.jit
-def rankable(score: Any) -> Any:
+def rankable(score: tl.tensor) -> Any:
     """NaN ranks below every number."""
     return tl.where(score == score, score, float("-inf"))
 
 
 @triton.jit
-def score_key(score: Any) -> Any:
+def score_key(score: tl.tensor) -> Any:
     """int32 in the order of the scores: NaN is -inf, and -0 equals +0."""
     value = rankable(score)
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
@@ -50,55 +52,55 @@ def score_key(score: Any) -> Any:
 
 
 @triton.jit
-def key_score(key: Any) -> Any:
+def key_score(key: tl.tensor) -> Any:
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def as_double(bits: Any) -> Any:
+def as_double(bits: tl.tensor) -> Any:
     """A double that came as its bits: Triton passes Python floats in single precision."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def reduce_scores(
-    score: Any,
-    is_open: Any,
-    scratch: Any,
-    group: Any,
-    fraction: Any,
+    score: tl.tensor,
+    is_open: tl.tensor,
+    scratch: tl.tensor,
+    group: tl.tensor,
+    fraction: tl.tensor,
     REDUCTION: tl.constexpr,
 ) -> Any:
-    """F of each row of a tile [branches, columns], in double; `score` rankable.
+    """F of each branch of a tile [columns, branches], in double; `score` rankable.
 
     `scratch` points to a row of fp32 for each branch, used by "group".
     """
-    n = tl.sum(is_open.to(tl.int32), 1)
+    n = tl.sum(is_open.to(tl.int32), 0)
     divisor = tl.maximum(n, 1).to(tl.float64)
-    lowest = tl.min(tl.where(is_open, score, float("inf")), 1)
+    lowest = tl.min(tl.where(is_open, score, float("inf")), 0)
     reduced = lowest.to(tl.float64)
-    if REDUCTION == MEAN or REDUCTION == GROUP:
-        reduced = tl.sum(tl.where(is_open, score, 0.0).to(tl.float64), 1) / divisor
+    if REDUCTION != MIN:
+        reduced = tl.sum(tl.where(is_open, score, 0.0).to(tl.float64), 0) / divisor
     if REDUCTION == BOTTOM:
         m = (n.to(tl.float64) * fraction).to(tl.int32)
         m = tl.maximum(tl.minimum(m, n), 1)
         # The key of the m-th lowest score, bit by bit: the largest with fewer than m below it.
         key = tl.where(is_open, score_key(score), NO_COLUMN)
-        below = tl.sum((key < 0).to(tl.int32), 1)
+        below = tl.sum((key < 0).to(tl.int32), 0)
         bound = tl.where(below < m, 0, LOWEST_KEY)
         for i in range(31):
             higher = bound + (1 << (30 - i))
-            below = tl.sum((key < higher[:, None]).to(tl.int32), 1)
+            below = tl.sum((key < higher[None, :]).to(tl.int32), 0)
             bound = tl.where(below < m, higher, bound)
-        is_below = key < bound[:, None]
-        equal = m - tl.sum(is_below.to(tl.int32), 1)
-        total = tl.sum(tl.where(is_below, score, 0.0).to(tl.float64), 1)
+        is_below = key < bound[None, :]
+        equal = m - tl.sum(is_below.to(tl.int32), 0)
+        total = tl.sum(tl.where(is_below, score, 0.0).to(tl.float64), 0)
         total += equal.to(tl.float64) * key_score(bound).to(tl.float64)
         reduced = total / m.to(tl.float64)
     if REDUCTION == GROUP:
         # One after another, as the rolling sum's rounding is part of the result.
-        at = tl.cumsum(is_open.to(tl.int32), 1) - 1
-        tl.store(scratch[:, None] + at, score, is_open)
+        at = tl.cumsum(is_open.to(tl.int32), 0) - 1
+        tl.store(scratch[None, :] + at, score, is_open)
         tl.debug_barrier()
         rolling = tl.zeros_like(reduced)
         least = tl.zeros_like(reduced)
@@ -115,7 +117,7 @@ def reduce_scores(
 
 
 @triton.jit
-def blend(creation: Any, reduced: Any, alpha: Any) -> Any:
+def blend(creation: tl.tensor, reduced: tl.tensor, alpha: tl.tensor) -> Any:
     """C = alpha * creation + (1 - alpha) * F; a term of weight 0 is left out, infinite or not."""
     other = creation.to(tl.float64)
     mixed = alpha * other + (1.0 - alpha) * reduced
@@ -124,61 +126,68 @@ def blend(creation: Any, reduced: Any, alpha: Any) -> Any:
 
 @triton.jit
 def block_columns(
-    offset: Any, block_size: Any, window: Any, BLOCKS: tl.constexpr, SPAN: tl.constexpr
+    offset: tl.tensor,
+    block_size: tl.tensor,
+    window: tl.tensor,
+    BLOCKS: tl.constexpr,
+    SPAN: tl.constexpr,
 ) -> Any:
-    """Columns of a window as a tile of its blocks [BLOCKS, SPAN]; and the columns of a row.
+    """Columns of a window as a tile of its blocks [SPAN, BLOCKS].
 
-    Column c is generated position c + offset. A row has the columns of one block, of which the
-    first and last may lie outside the window; what a row has beyond its block is column -1. A
-    window narrower than a block is in two blocks at most, which then begin where they meet.
+    Column c is generated position c + offset. Of the blocks that the tile holds, the first and the
+    last may lie outside the window; beyond a block are some columns of the next. A window narrower
+    than a block is in two blocks at most, which then begin where they meet.
+
+    Returns:
+        The columns; how many a block has in the tile; and which elements are those.
     """
     phase = (offset % block_size).to(tl.int32)
     phase = tl.where(phase < 0, phase + block_size, phase)
     span = tl.minimum(block_size, window)
     phase = tl.where(block_size > window, tl.maximum(window - block_size + phase, 0), phase)
-    at = tl.arange(0, SPAN)[None, :]
-    column = tl.arange(0, BLOCKS)[:, None] * span + at - phase
-    return tl.where(at < span, column, -1), span
+    at = tl.arange(0, SPAN)[:, None]
+    block = tl.arange(0, BLOCKS)[None, :]
+    return block * span - phase + at, span, (at < span) & (block >= 0)
 
 
 @triton.jit
 def fill_columns(
-    column: Any,
-    is_open: Any,
-    open_before: Any,
-    token: Any,
-    prob: Any,
-    score: Any,
-    block_size: Any,
-    act_count: Any,
-    mask_id: Any,
-    tau_conf: Any,
-    by_score: Any,
-    by_window: Any,
+    column: tl.tensor,
+    is_open: tl.tensor,
+    open_before: tl.tensor,
+    token: tl.tensor,
+    prob: tl.tensor,
+    score: tl.tensor,
+    block_size: tl.tensor,
+    act_count: tl.tensor,
+    mask_id: tl.tensor,
+    tau_conf: tl.tensor,
+    by_score: tl.tensor,
+    by_window: tl.tensor,
 ) -> Any:
     """Step 5 of the round on a tile of blocks: the columns to fill, and the keys of the others.
 
-    `open_before` marks the open columns of the block before each row's. A column that is filled or
-    cannot be has the lowest key.
+    `open_before` marks the open columns of the block before each. A column that is filled or cannot
+    be has the lowest key.
     """
     # A prediction of the mask itself, or of no token, fills nothing.
     fillable = is_open & (token >= 0) & (token != mask_id)
     key = tl.where(fillable, score_key(score), LOWEST_KEY)
     accepted = fillable & (tl.where(by_score != 0, score, prob) > tau_conf)
-    accepts = tl.max(accepted.to(tl.int32), 1)
-    activated = block_size - tl.sum(open_before.to(tl.int32), 1) >= act_count
-    best_key = tl.max(key, 1)
-    best = tl.min(tl.where(fillable & (key == best_key[:, None]), column, NO_COLUMN), 1)
+    accepts = tl.max(accepted.to(tl.int32), 0)
+    activated = block_size - tl.sum(open_before.to(tl.int32), 0) >= act_count
+    best_key = tl.max(key, 0)
+    best = tl.min(tl.where(fillable & (key == best_key[None, :]), column, NO_COLUMN), 0)
     forced = tl.where((accepts == 0) & activated, best, NO_COLUMN)
     if by_window != 0:
         top = tl.min(tl.where(best_key == tl.max(best_key, 0), best, NO_COLUMN), 0)
         forced = tl.where((best == top) & (tl.max(accepts, 0) == 0), best, NO_COLUMN)
-    fill = accepted | (column == forced[:, None])
+    fill = accepted | (column == forced[None, :])
     return fill, tl.where(fill, LOWEST_KEY, key)
 
 
 @triton.jit
-def lookahead_slots(column: Any, key: Any, count: Any) -> Any:
+def lookahead_slots(column: tl.tensor, key: tl.tensor, count: tl.tensor) -> Any:
     """Step 6: slot 1..count of the best columns by key, ties to the lowest column; -1 elsewhere.
 
     At least `count` keys are above the lowest.
@@ -186,7 +195,7 @@ def lookahead_slots(column: Any, key: Any, count: Any) -> Any:
     slot = tl.full(column.shape, -1, tl.int32)
     for k in range(1, count + 1):
         top = tl.max(key)
-        best = column == tl.min(tl.where(key == top, column, NO_COLUMN))
+        best = (key == top) & (column == tl.min(tl.where(key == top, column, NO_COLUMN)))
         slot = tl.where(best, k, slot)
         key = tl.where(best, LOWEST_KEY, key)
     return slot
@@ -194,13 +203,13 @@ def lookahead_slots(column: Any, key: Any, count: Any) -> Any:
 
 @triton.jit(do_not_specialize=["slots", "window", "group", "fraction_bits", "alpha_bits"])
 def _branch_confidence_kernel(
-    score: Any,
-    opened: Any,
-    creation: Any,
-    branches: Any,
-    length: Any,
-    out: Any,
-    scratch: Any,
+    score: tl.tensor,
+    opened: tl.tensor,
+    creation: tl.tensor,
+    branches: tl.tensor,
+    length: tl.tensor,
+    out: tl.tensor,
+    scratch: tl.tensor,
     slots: tl.int32,
     window: tl.int32,
     group: tl.int32,
@@ -210,13 +219,17 @@ def _branch_confidence_kernel(
     HAS_LENGTH: tl.constexpr,
     REDUCTION: tl.constexpr,
     WINDOW: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     i = tl.program_id(0).to(tl.int64)
     columns = window
     if HAS_LENGTH:
         columns = tl.minimum(tl.load(length + i), window)
-    at = i * window + tl.arange(0, WINDOW)[None, :]
-    inside = tl.arange(0, WINDOW)[None, :] < columns
+    at = i * window + tl.arange(0, WINDOW)[:, None]
+    inside = tl.arange(0, WINDOW)[:, None] < columns
     is_open = tl.load(opened + at, inside, 0) != 0
     value = rankable(tl.load(score + at, is_open, 0.0))
     row = i * window + tl.arange(0, 1)
@@ -243,41 +256,45 @@ def _branch_confidence_kernel(
     ]
 )
 def _select_positions_kernel(
-    token: Any,
-    prob: Any,
-    score: Any,
-    tokens: Any,
-    length: Any,
-    cache_len: Any,
-    prompt_len: Any,
-    fill_out: Any,
-    columns_out: Any,
-    filled_out: Any,
+    token: tl.tensor,
+    prob: tl.tensor,
+    score: tl.tensor,
+    tokens: tl.tensor,
+    length: tl.tensor,
+    cache_len: tl.tensor,
+    prompt_len: tl.tensor,
+    fill_out: tl.tensor,
+    columns_out: tl.tensor,
+    filled_out: tl.tensor,
     window: tl.int32,
     lookahead: tl.int32,
     block_size: tl.int32,
     act_count: tl.int32,
     mask_id: tl.int64,
-    tau_conf: Any,
+    tau_conf: tl.tensor,
     by_score: tl.int32,
     by_window: tl.int32,
     BLOCKS: tl.constexpr,
     SPAN: tl.constexpr,
     LOOKAHEAD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     b = tl.program_id(0).to(tl.int64)
     columns = tl.load(length + b)
     # The CPU raises; here such a sequence selects nothing.
     columns = tl.where((columns < 0) | (columns > window), 0, columns)
     offset = tl.load(cache_len + b).to(tl.int64) - tl.load(prompt_len + b).to(tl.int64)
     first = tl.maximum(-offset, 0)
-    column, span = block_columns(offset, block_size, window, BLOCKS, SPAN)
+    column, span, in_block = block_columns(offset, block_size, window, BLOCKS, SPAN)
     before = column - span
     at = b * window + column
-    inside = (column >= 0) & (column < window)
-    in_block = inside & (column >= first) & (column < columns)
-    is_open = in_block & (tl.load(tokens + at, in_block, 0) == mask_id)
-    has_before = (before >= first) & (before < columns)
+    inside = in_block & (column >= 0) & (column < window)
+    generated = inside & (column >= first) & (column < columns)
+    is_open = generated & (tl.load(tokens + at, generated, 0) == mask_id)
+    has_before = in_block & (before >= first) & (before < columns)
     open_before = has_before & (tl.load(tokens + at - span, has_before, 0) == mask_id)
     own_token = tl.load(token + at, is_open, 0)
     own_prob = tl.load(prob + at, is_open, 0.0)
@@ -308,21 +325,25 @@ def _select_positions_kernel(
 
 @triton.jit(do_not_specialize=["slots", "window", "eos_id"])
 def _spawn_branches_kernel(
-    tokens: Any,
-    eos: Any,
-    token: Any,
-    score: Any,
-    columns: Any,
-    out_tokens: Any,
-    out_creation: Any,
-    out_eos: Any,
-    out_branches: Any,
+    tokens: tl.tensor,
+    eos: tl.tensor,
+    token: tl.tensor,
+    score: tl.tensor,
+    columns: tl.tensor,
+    out_tokens: tl.tensor,
+    out_creation: tl.tensor,
+    out_eos: tl.tensor,
+    out_branches: tl.tensor,
     slots: tl.int32,
     window: tl.int32,
     eos_id: tl.int64,
     WINDOW: tl.constexpr,
     LOOKAHEAD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     b = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1)
     rank = tl.arange(0, LOOKAHEAD)
@@ -353,6 +374,22 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     device: Any = torch.get_device_module(tensor.device)
     return device.device(tensor.device)
+
+
+@functools.cache
+def dependent(device: torch.device) -> bool:
+    """Has the device programmatic dependent launch? A kernel then waits for those before it."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def launch_options(device: torch.device, elements: int) -> dict[str, Any]:
+    """Of a kernel that waits for its predecessors, for a tile of so many elements."""
+    options: dict[str, Any] = {"num_warps": warps(elements), "DEPENDENT": dependent(device)}
+    if options["DEPENDENT"]:
+        options["launch_pdl"] = True
+    return options
 
 
 def warps(elements: int) -> int:
@@ -436,8 +473,8 @@ def branch_confidence(
             HAS_LENGTH=length is not None,
             REDUCTION=reduction_code(reduction, fraction),
             WINDOW=columns,
-            num_warps=warps(columns),
             enable_fp_fusion=False,
+            **launch_options(score.device, columns),
         )
     return out
 
@@ -485,7 +522,7 @@ def select_positions(
             BLOCKS=blocks,
             SPAN=span,
             LOOKAHEAD=power_of_two(lookahead),
-            num_warps=warps(blocks * span),
+            **launch_options(tokens.device, blocks * span),
         )
     return fill, columns, filled
 
@@ -521,6 +558,6 @@ def spawn_branches(
                 eos_id,
                 WINDOW=power_of_two(window),
                 LOOKAHEAD=power_of_two(slots - 1),
-                num_warps=warps(window),
+                **launch_options(device, window),
             )
     return out_tokens, creation, out_eos, branches

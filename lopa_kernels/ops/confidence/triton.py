@@ -1,9 +1,10 @@
 """The vocabulary pass in Triton.
 
-Two launches. `_scan` reduces tiles of 2048 tokens, one warp a tile, to their maximum and their sums
-relative to it; `_finish` merges the tiles of a row, and where a token is drawn or filters are set
-reads again what little of the row that takes. What a tile gives depends on its values alone, and a
-row is merged in one order: results do not depend on the grid, the other rows or the alignment.
+Two launches. `_scan_kernel` reduces tiles of 2048 tokens, one warp a tile, to their maximum and
+their sums relative to it; `finish_kernel` merges the tiles of a row, and where filters are set or a
+token is drawn reads again what little of the row that takes. What a tile gives depends on its
+values alone, and a row is merged in one order: results do not depend on the grid, on the other rows
+or on alignment.
 """
 
 from __future__ import annotations
@@ -17,38 +18,42 @@ import torch
 import triton
 import triton.language as tl
 
+from lopa_kernels._checks import check_device, check_dtype, check_shape
 from lopa_kernels._dispatch import implements_triton
 from lopa_kernels.ops import confidence
-from lopa_kernels.ops.confidence.triton_filter import GROUP, sanitized, select_kept
+from lopa_kernels.ops.confidence.triton_filter import GROUP, SMALLEST_EXPONENT, sanitized
+from lopa_kernels.ops.confidence.triton_merge import (
+    EVERYTHING,
+    FINITE,
+    MARGIN,
+    NAN,
+    NEG_ENTROPY,
+    PROB,
+    TILE,
+    finish_kernel,
+    listed_row,
+    offset_of,
+)
 
-__all__ = ["ROW_EMPTY", "ROW_MISSING", "ROW_NAN", "vocabulary_statistics"]
+__all__ = ["vocabulary_statistics"]
 
-#: flags of a row: a NaN among the logits, no finite logit, a row outside [0, R)
-ROW_NAN, ROW_EMPTY, ROW_MISSING = 1, 2, 4
-
-_FLOAT32 = torch.finfo(torch.float32)
-
-_TILE = tl.constexpr(2048)
 # The careful way through a tile goes in steps of this.
 _STEP = tl.constexpr(256)
 _INF = tl.constexpr(float("inf"))
-_FLT_MAX = tl.constexpr(_FLOAT32.max)
-_LN2 = tl.constexpr(math.log(2))
-# Weights below it are rounded up to it: normal, and negligible beside the 1 of the maximum.
-_SMALLEST_EXPONENT = tl.constexpr(-126.0)
 
-_PROB = tl.constexpr(0)
-_MARGIN = tl.constexpr(1)
-_NEG_ENTROPY = tl.constexpr(2)
-_ALL = tl.constexpr(3)
-_METRICS = {"prob": 0, "margin": 1, "neg_entropy": 2, "all": 3}
+_FLOAT32 = torch.finfo(torch.float32)
 
-# What `_scan` says of a tile.
-_NAN = tl.constexpr(1)
-_FINITE = tl.constexpr(2)
+_METRICS = {
+    "prob": PROB.value,
+    "margin": MARGIN.value,
+    "neg_entropy": NEG_ENTROPY.value,
+    "everything": EVERYTHING.value,
+}
 
-# Programs of a multiprocessor: as many as keep it busy, no more than start and find nothing to do.
-_SCAN_PROGRAMS = 32
+# Programs a multiprocessor. The scan's are as many as run at a time, times some waves, so that they
+# even out; but where the device knows how long the list is, most may find nothing to do.
+_SCAN_PROGRAMS = 20
+_SCAN_WAVES = 4
 _FINISH_PROGRAMS = 16
 _FINISH_WARPS = 4
 _FILTER_PROGRAMS = 4
@@ -56,66 +61,43 @@ _FILTER_WARPS = 8
 
 
 @triton.jit
-def _offset(index: Any, sizes: Any, strides: Any) -> Any:
-    """Where element `index`, in row-major order, is; dimensions are innermost first."""
-    rest = index
-    offset = tl.cast(index * 0, tl.int64)
-    for d in tl.static_range(len(sizes) - 1):
-        offset += (rest % sizes[d]).to(tl.int64) * strides[d]
-        rest = rest // sizes[d]
-    return offset + rest.to(tl.int64) * strides[len(sizes) - 1]
+def _pairwise_sum(v: tl.tensor, HALVINGS: tl.constexpr) -> tl.tensor:
+    """Sum of 256 * 2^HALVINGS numbers in pairs: in one order, whatever layout the compiler chooses.
 
-
-@triton.jit
-def _listed_row(position: Any, rows: Any, sizes: Any, strides: Any) -> Any:
-    row = position
-    if rows is not None:
-        row = tl.load(rows + _offset(position, sizes, strides))
-    return row
-
-
-@triton.jit
-def _tile_sum(v: Any) -> Any:
-    """Sum of a tile in pairs, in an order that does not hang on the layout the compiler chose.
-
-    It chooses by the alignment of the logits. Of the aligned layout a lane holds vectors of eight
-    tokens, 256 apart: the halving by eights, then of eights, stays in its registers.
+    It chooses by the alignment of the logits. In the layout of aligned ones a lane has vectors of
+    up to eight neighbours, so that all but the last five steps stay in its registers.
     """
-    for _ in tl.static_range(3):
+    for _ in tl.static_range(HALVINGS):
         v = tl.sum(tl.reshape(v, [2, v.shape[0] // 2]), axis=0)
-    v = tl.reshape(v, [v.shape[0] // 8, 8])
+    v = tl.reshape(v, [32, 8])
     for _ in tl.static_range(3):
-        v = tl.sum(tl.reshape(v, [v.shape[0], 2, v.shape[1] // 2]), axis=1)
-    v = tl.reshape(v, [v.shape[0]])
+        v = tl.sum(tl.reshape(v, [32, 2, v.shape[1] // 2]), axis=1)
+    v = tl.reshape(v, [32])
     for _ in tl.static_range(5):
         v = tl.sum(tl.reshape(v, [2, v.shape[0] // 2]), axis=0)
     return tl.sum(v)
 
 
-# Sizes that change from call to call make no kernels of their own; nor does the vocabulary, whose
-# divisors would decide how the last tile is read, and with that the order of its sum.
-_SIZES = ["vocab", "tiles", "capacity", "table_rows", "top_k"]
-
-
-@triton.jit(do_not_specialize=_SIZES[:-1])
-def _scan(
-    logits: Any,
-    maxima: Any,
-    sums: Any,
-    weighted_sums: Any,
-    marks: Any,
-    group_maxima: Any,
-    rows: Any,
-    count: Any,
-    sizes: Any,
-    strides: Any,
-    row_sizes: Any,
-    row_strides: Any,
-    vocab: Any,
-    tiles: Any,
-    capacity: Any,
-    table_rows: Any,
-    scale: Any,
+# Sizes make no kernels of their own.
+@triton.jit(do_not_specialize=["vocab", "tiles", "capacity", "table_rows"])
+def _scan_kernel(
+    logits: tl.tensor,
+    maxima: tl.tensor,
+    sums: tl.tensor,
+    weighted_sums: tl.tensor,
+    marks: tl.tensor,
+    group_maxima: tl.tensor,
+    rows: tl.tensor,
+    count: tl.tensor,
+    sizes: tl.tensor,
+    strides: tl.tensor,
+    row_sizes: tl.tensor,
+    row_strides: tl.tensor,
+    vocab: tl.tensor,
+    tiles: tl.tensor,
+    capacity: tl.tensor,
+    table_rows: tl.tensor,
+    scale: tl.tensor,
     BY_ROW: tl.constexpr,
     WEIGHTED: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -131,44 +113,41 @@ def _scan(
     listed = capacity
     if count is not None:
         listed = tl.minimum(tl.load(count), capacity)
-    lane = tl.arange(0, _TILE)
+    lane = tl.arange(0, TILE)
     for item in range(tl.program_id(0), listed * tiles, tl.num_programs(0)):
         position = item // tiles
         tile = item % tiles
-        row = _listed_row(position, rows, row_sizes, row_strides)
+        row = listed_row(position, rows, row_sizes, row_strides)
         if (row >= 0) & (row < table_rows):
-            begin = tile * _TILE
-            source = logits + (_offset(row, sizes, strides) + begin)
-            if BY_ROW:
-                at = row.to(tl.int64) * tiles + tile
-            else:
-                at = tl.cast(item, tl.int64)
-            groups = at * (_TILE // GROUP)
-            mark = 2
+            begin = tile * TILE
+            source = logits + (offset_of(row, sizes, strides) + begin)
+            at = row.to(tl.int64) * tiles + tile if BY_ROW else tl.cast(item, tl.int64)
+            groups = at * (TILE // GROUP)
+            mark = FINITE
             largest = -_INF
             total = float("nan")
             weighted = 0.0
-            if begin + _TILE <= vocab:
+            if begin + TILE <= vocab:
                 x = tl.load(source + lane).to(tl.float32)
                 if group_maxima is not None:
-                    in_group = tl.max(tl.reshape(x, [_TILE // GROUP, GROUP]), axis=1)
-                    tl.store(group_maxima + groups + tl.arange(0, _TILE // GROUP), in_group)
+                    in_group = tl.max(tl.reshape(x, [TILE // GROUP, GROUP]), axis=1)
+                    tl.store(group_maxima + groups + tl.arange(0, TILE // GROUP), in_group)
                     largest = tl.max(in_group)
                 else:
                     largest = tl.max(x)
                 t = (x - largest) * scale
                 if WEIGHTED:
-                    t = tl.maximum(t, _SMALLEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
+                    t = tl.maximum(t, SMALLEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
                 weight = tl.exp2(t)
-                total = _tile_sum(weight)
+                total = _pairwise_sum(weight, 3)
                 if WEIGHTED:
-                    weighted = _tile_sum(weight * t)
+                    weighted = _pairwise_sum(weight * t, 3)
             if total != total:
                 limit = vocab - begin
                 nan = 0
                 finite = 0
                 largest = -_INF
-                for first in range(0, _TILE, _STEP):
+                for first in range(0, TILE, _STEP):
                     index = first + tl.arange(0, _STEP)
                     x = tl.load(source + index, mask=index < limit, other=-float("inf"))
                     x = x.to(tl.float32)
@@ -180,237 +159,24 @@ def _scan(
                         in_group = tl.max(tl.reshape(x, [_STEP // GROUP, GROUP]), axis=1)
                         place = groups + first // GROUP + tl.arange(0, _STEP // GROUP)
                         tl.store(group_maxima + place, in_group)
-                mark = nan * _NAN + finite * _FINITE
+                mark = nan * NAN + finite * FINITE
                 total = 0.0
                 weighted = 0.0
                 if largest > -_INF:
-                    for first in range(0, _TILE, _STEP):
+                    for first in range(0, TILE, _STEP):
                         index = first + tl.arange(0, _STEP)
                         x = tl.load(source + index, mask=index < limit, other=-float("inf"))
                         t = (sanitized(x.to(tl.float32)) - largest) * scale
-                        t = tl.maximum(t, _SMALLEST_EXPONENT)
+                        t = tl.maximum(t, SMALLEST_EXPONENT)
                         weight = tl.exp2(t)
-                        total += tl.sum(weight)
+                        total += _pairwise_sum(weight, 0)
                         if WEIGHTED:
-                            weighted += tl.sum(weight * t)
+                            weighted += _pairwise_sum(weight * t, 0)
             tl.store(maxima + at, largest)
             tl.store(sums + at, total)
-            tl.store(marks + at, mark.to(tl.uint8))
+            tl.store(marks + at, tl.cast(mark, tl.uint8))
             if WEIGHTED:
                 tl.store(weighted_sums + at, weighted)
-
-
-@triton.jit
-def _gumbel(word: Any) -> Any:
-    """The Gumbel number -log(-log(1 - v)), v = (word + 1/2) / 2^32, in fp32.
-
-    In the lower half log(1 - v) is made good for what rounding takes from 1 - v (W. Kahan's
-    log1p); in the upper half 1 - v comes from the complement of the word.
-    """
-    low = word < 0x80000000
-    v = (tl.where(low, word, 0xFFFFFFFF - word).to(tl.float32) + 0.5) * 2.0**-32
-    u = 1.0 - v
-    corrected = tl.where(u == 1.0, v, tl.log(u) * v / (u - 1.0))
-    return -tl.log(tl.where(low, corrected, -tl.log(v)))
-
-
-@triton.jit
-def _gumbels(first_group: Any, row: Any, seed: Any, step: Any, N: tl.constexpr) -> Any:
-    """The N numbers of the Philox groups from `first_group` on, in a row's stream."""
-    group = tl.arange(0, N // 4).to(tl.uint32) + first_group
-    zero = tl.zeros_like(group)
-    low = zero + (step & 0xFFFFFFFF).to(tl.uint32)
-    high = zero + ((step >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, group, zero + row.to(tl.uint32), low, high)
-    return _gumbel(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [N]))
-
-
-@triton.jit
-def _first(hits: Any, index: Any) -> Any:
-    """The lowest index of a hit."""
-    return tl.min(tl.where(hits, index, 0x7FFFFFFF))
-
-
-@triton.jit
-def _expm1(y: Any) -> Any:
-    """e^y - 1, y <= 0; the quotient takes back what rounding e^y did (W. Kahan)."""
-    u = tl.exp(y)
-    near = tl.where(u == 1.0, y, (u - 1.0) * y / tl.log(tl.maximum(u, 1e-30)))
-    return tl.where(y < -1.0, u - 1.0, near)
-
-
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["logits", "strides"])
-def _finish(
-    logits: Any,
-    maxima: Any,
-    sums: Any,
-    weighted_sums: Any,
-    marks: Any,
-    group_maxima: Any,
-    listed_groups: Any,
-    group_masses: Any,
-    rows: Any,
-    count: Any,
-    seed: Any,
-    step: Any,
-    tokens: Any,
-    probs: Any,
-    scores: Any,
-    neg_entropies: Any,
-    lses: Any,
-    flags: Any,
-    sizes: Any,
-    strides: Any,
-    row_sizes: Any,
-    row_strides: Any,
-    out_sizes: Any,
-    token_strides: Any,
-    prob_strides: Any,
-    score_strides: Any,
-    vocab: Any,
-    tiles: Any,
-    capacity: Any,
-    table_rows: Any,
-    scale: Any,
-    inverse_temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    tail: Any,
-    BY_ROW: tl.constexpr,
-    METRIC: tl.constexpr,
-    SAMPLED: tl.constexpr,
-    FILTERED: tl.constexpr,
-    TOP_P: tl.constexpr,
-    TILES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-) -> None:
-    """The listed rows, from their tiles to their outputs."""
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    listed = capacity
-    if count is not None:
-        listed = tl.minimum(tl.load(count), capacity)
-    GROUPS: tl.constexpr = TILES * (_TILE // GROUP)
-    program = tl.program_id(0).to(tl.int64)
-    tile = tl.arange(0, TILES)
-    lane = tl.arange(0, _TILE)
-    for item in range(tl.program_id(0), listed, tl.num_programs(0)):
-        position = tl.cast(item, tl.int32)
-        row = _listed_row(position, rows, row_sizes, row_strides)
-        token = 0
-        prob = 0.0
-        margin = 0.0
-        neg_entropy = -_INF
-        lse = -_INF
-        score = -_INF
-        flag = 4
-        if (row >= 0) & (row < table_rows):
-            source = logits + _offset(row, sizes, strides)
-            at = (row if BY_ROW else position).to(tl.int64) * tiles
-            live = tile < tiles
-            tile_largest = tl.load(maxima + at + tile, mask=live, other=-float("inf"))
-            tile_total = tl.load(sums + at + tile, mask=live, other=0.0)
-            mark = tl.load(marks + at + tile, mask=live, other=0).to(tl.int32)
-            nan = tl.max(mark & _NAN)
-            finite = tl.max(mark & _FINITE)
-            flag = nan + tl.where(finite > 0, 0, 2)
-            if finite > 0:
-                largest = tl.max(tile_largest)
-                shift = tl.maximum((tile_largest - largest) * scale, -1000.0)
-                factor = tl.exp2(shift)
-                total = tl.sum(tile_total * factor)
-                weighted = 0.0
-                several = vocab > 1
-                threshold = -_INF
-                tie_limit = vocab
-                if FILTERED:
-                    threshold, tie_limit, total, weighted, several = select_kept(
-                        logits,
-                        source,
-                        group_maxima + at * (_TILE // GROUP),
-                        listed_groups + program * GROUPS,
-                        group_masses + program * GROUPS,
-                        vocab,
-                        largest,
-                        total,
-                        scale,
-                        top_k,
-                        top_p,
-                        tail,
-                        TOP_P,
-                        SAMPLED,
-                        GROUPS,
-                    )
-                elif METRIC >= _NEG_ENTROPY:
-                    tile_weighted = tl.load(weighted_sums + at + tile, mask=live, other=0.0)
-                    weighted = tl.sum(factor * (tile_weighted + shift * tile_total))
-
-                if not SAMPLED or METRIC == _MARGIN or METRIC == _ALL:
-                    best_tile = _first(tile_largest == largest, tile)
-                    index = best_tile * _TILE + lane
-                    x = tl.load(source + index, mask=index < vocab, other=-float("inf"))
-                    x = sanitized(x.to(tl.float32))
-                    token = _first(x == largest, index)
-                    others = tl.max(tl.where(tile == best_tile, -_INF, tile_largest))
-                    second = tl.maximum(others, tl.max(tl.where(index == token, -_INF, x)))
-                    gap = (second - largest) * inverse_temperature
-                    margin = -_expm1(tl.where(several, gap, -_INF)) / total
-                prob = 1.0 / total
-
-                if SAMPLED:
-                    stream = tl.load(seed)
-                    counter = stream * 0
-                    if step is not None:
-                        counter = tl.load(step)
-                    if FILTERED:
-                        tl.debug_barrier()
-                        group = tl.arange(0, GROUPS)
-                        mass = tl.load(group_masses + program * GROUPS + group)
-                        mass = tl.sum(tl.reshape(mass, [TILES, _TILE // GROUP]), axis=1)
-                        log_mass = tl.log(mass)
-                    else:
-                        distance = (tile_largest - largest) * inverse_temperature
-                        mass = tile_total
-                        log_mass = tl.log(tile_total) + distance
-                    noise = _gumbels(0x80000000, row, stream, counter, TILES)
-                    drawn = tl.where(live & (mass > 0.0), log_mass + noise, -_INF)
-                    drawn_tile = _first(drawn == tl.max(drawn), tile)
-
-                    index = drawn_tile * _TILE + lane
-                    x = tl.load(source + index, mask=index < vocab, other=-float("inf"))
-                    x = sanitized(x.to(tl.float32))
-                    kept = (x > threshold) | ((x == threshold) & (index < tie_limit))
-                    kept = kept & (x > -_INF)
-                    noise = _gumbels(drawn_tile * (_TILE // 4), row, stream, counter, _TILE)
-                    drawn = (x - largest) * inverse_temperature + noise
-                    drawn = tl.where(kept, drawn, -_INF)
-                    token = _first(kept & (drawn == tl.max(drawn)), index)
-                    x = tl.max(tl.where(index == token, x, -_INF))
-                    prob = tl.exp2((x - largest) * scale) / total
-
-                if METRIC >= _NEG_ENTROPY:
-                    neg_entropy = tl.minimum(_LN2 * weighted / total - tl.log(total), 0.0)
-                if METRIC == _ALL:
-                    lse = largest * inverse_temperature + tl.log(total)
-                    lse = tl.minimum(tl.maximum(lse, -_FLT_MAX), _FLT_MAX)
-                if METRIC == _PROB:
-                    score = prob
-                elif METRIC == _NEG_ENTROPY:
-                    score = neg_entropy
-                else:
-                    score = margin
-        if METRIC == _ALL:
-            tl.store(neg_entropies + position, neg_entropy)
-            tl.store(lses + position, lse)
-            score = margin
-        tl.store(tokens + _offset(position, out_sizes, token_strides), token.to(tl.int64))
-        tl.store(probs + _offset(position, out_sizes, prob_strides), prob)
-        tl.store(scores + _offset(position, out_sizes, score_strides), score)
-        if flags is not None:
-            tl.store(flags + position, flag.to(tl.uint8))
-
-
 
 
 class _Outputs(NamedTuple):
@@ -427,7 +193,7 @@ class _Outputs(NamedTuple):
 def _layout(
     shape: torch.Size | tuple[int, ...], *strides: tuple[int, ...]
 ) -> list[tuple[int, ...]]:
-    """Sizes and strides of tensors of one shape, innermost dimension first.
+    """Sizes (the outermost is not needed) and strides of tensors of one shape, innermost first.
 
     Dimensions of one element are left out, and neighbours merged that lie together in every tensor.
     """
@@ -443,7 +209,8 @@ def _layout(
             dimensions.append((size, *steps))
     if not dimensions:
         dimensions.append((1,) * (1 + len(strides)))
-    return list(zip(*reversed(dimensions), strict=True))
+    sizes, *steps = zip(*reversed(dimensions), strict=True)
+    return [sizes[:-1], *steps]
 
 
 class _Device(NamedTuple):
@@ -486,20 +253,20 @@ def _run(
 ) -> None:
     """Evaluates the rows of the list into `out`, of the shape of the list."""
     vocab = logits.shape[-1]
-    table_rows = logits[..., 0].numel()
+    table_rows = math.prod(logits.shape[:-1])
     capacity = out.tokens.numel()
     if capacity == 0:
         return
-    tiles = triton.cdiv(vocab, _TILE.value)
+    tiles = triton.cdiv(vocab, TILE.value)
     if max(vocab, table_rows, capacity * tiles) >= 2**31:
         raise ValueError(
-            f"{op}: logits: expected less than 2^31 rows times tiles of {_TILE.value} tokens, got "
+            f"{op}: logits: expected less than 2^31 rows times tiles of {TILE.value} tokens, got "
             f"shape {list(logits.shape)} and {capacity} rows to evaluate"
         )
     greedy_limit = vocab if top_k is None else min(top_k, vocab)
     nucleus = top_p is not None and top_p < 1
     filtered = nucleus or greedy_limit < vocab
-    weighted = metric in ("neg_entropy", "all") and not filtered
+    weighted = metric in ("neg_entropy", "everything") and not filtered
     by_row = table_rows < capacity
     slots = min(capacity, table_rows)
     padded = max(16, triton.next_power_of_2(tiles))
@@ -508,7 +275,8 @@ def _run(
     inverse = min(max(inverse, _FLOAT32.tiny), _FLOAT32.max)
     scale = min(inverse / math.log(2), _FLOAT32.max)
     device = _device(logits.device)
-    scan_programs = min(capacity * tiles, _SCAN_PROGRAMS * device.multiprocessors)
+    waves = _SCAN_WAVES if count is None else 1
+    scan_programs = min(capacity * tiles, _SCAN_PROGRAMS * waves * device.multiprocessors)
     per_device = _FILTER_PROGRAMS if filtered else _FINISH_PROGRAMS
     finish_programs = min(capacity, per_device * device.multiprocessors)
 
@@ -518,20 +286,21 @@ def _run(
     maxima, sums = scratch(slots, tiles), scratch(slots, tiles)
     weighted_sums = scratch(slots, tiles) if weighted else None
     marks = scratch(slots, tiles, dtype=torch.uint8)
-    groups = _TILE.value // GROUP.value
+    groups = TILE.value // GROUP.value
     group_maxima = scratch(slots, tiles, groups) if filtered else None
     listed = scratch(finish_programs, padded, groups, dtype=torch.int32) if filtered else None
     masses = scratch(finish_programs, padded, groups) if filtered else None
 
     partials = (maxima, sums, weighted_sums, marks, group_maxima)
     table = _layout(logits.shape[:-1], logits.stride()[:-1])
-    row_list = ((1,), (1,)) if rows is None else _layout(rows.shape, rows.stride())
-    result = _layout(
-        out.tokens.shape, out.tokens.stride(), out.probs.stride(), out.scores.stride()
-    )
-    launch = {"launch_pdl": True} if device.dependent else {}
+    row_list = [(), (1,)] if rows is None else _layout(rows.shape, rows.stride())
+    result = _layout(out.tokens.shape, out.tokens.stride(), out.probs.stride(), out.scores.stride())
+    # Without fused operations, so that the same arithmetic in two compilations gives the same bits.
+    launch = {"enable_fp_fusion": False}
+    if device.dependent:
+        launch["launch_pdl"] = True
     with _on(logits.device):
-        _scan[(scan_programs,)](
+        _scan_kernel[(scan_programs,)](
             logits,
             *partials,
             rows,
@@ -547,10 +316,9 @@ def _run(
             WEIGHTED=weighted,
             DEPENDENT=device.dependent,
             num_warps=1,
-            enable_fp_fusion=False,  # an order of its own for each layout
             **launch,
         )
-        _finish[(finish_programs,)](
+        finish_kernel[(finish_programs,)](
             logits,
             *partials,
             listed,
@@ -574,6 +342,7 @@ def _run(
             (1 - top_p) / (4 * vocab) if top_p is not None else 0.0,
             BY_ROW=by_row,
             METRIC=_METRICS[metric],
+            MARGINS=metric in ("margin", "everything"),
             SAMPLED=temperature > 0,
             FILTERED=filtered,
             TOP_P=nucleus,
@@ -604,26 +373,24 @@ def vocabulary_statistics(
         count: int32[1], its length, read on the device; None: `capacity`.
 
     Returns:
-        token int64, prob fp32, score fp32 and flags uint8 (ROW_NAN, ROW_EMPTY, ROW_MISSING), all
-        [capacity]; positions from `count` on are not written. A row outside [0, R) is missing: it
-        gives (0, 0, -inf).
+        token int64, prob fp32, score fp32 and flags uint8 (ROW_NAN, ROW_EMPTY, ROW_MISSING of
+        triton_merge), all [capacity]; positions from `count` on are not written. A row outside
+        [0, R) is missing: it gives (0, 0, -inf).
     """
-    def empty(dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(capacity, dtype=dtype, device=logits.device)
-
-    out = _Outputs(
-        empty(torch.int64),
-        empty(torch.float32),
-        empty(torch.float32),
-        flags=empty(torch.uint8),
+    op = "lopa_step"
+    confidence._check(op, logits, rows, seed, step, metric, temperature, top_k, top_p)
+    dtypes = (torch.int64, torch.float32, torch.float32, torch.uint8)
+    token, prob, score, flags = (
+        torch.empty(capacity, dtype=dtype, device=logits.device) for dtype in dtypes
     )
-    _run(
-        "lopa_step", logits, rows, count, seed, step, metric, temperature, top_k, top_p, out
-    )
-    return out.tokens, out.probs, out.scores, out.flags
+    out = _Outputs(token, prob, score, flags=flags)
+    _run(op, logits, rows, count, seed, step, metric, temperature, top_k, top_p, out)
+    return token, prob, score, flags
 
 
-def _outputs(logits: torch.Tensor, rows: torch.Tensor | None, floats: int) -> list[torch.Tensor]:
+def _empty_outputs(
+    logits: torch.Tensor, rows: torch.Tensor | None, floats: int
+) -> list[torch.Tensor]:
     shape = logits.shape[:-1] if rows is None else rows.shape
     token = logits.new_empty(shape, dtype=torch.int64)
     return [token, *(logits.new_empty(shape, dtype=torch.float32) for _ in range(floats))]
@@ -642,9 +409,10 @@ def _token_confidence(
 ) -> tuple[torch.Tensor, ...]:
     op = "token_confidence"
     confidence._check(op, logits, rows, seed, step, metric, temperature, top_k, top_p)
-    out = _Outputs(*_outputs(logits, rows, 2))
+    outputs = _empty_outputs(logits, rows, 2)
+    out = _Outputs(*outputs)
     _run(op, logits, rows, None, seed, step, metric, temperature, top_k, top_p, out)
-    return tuple(out[:3])
+    return tuple(outputs)
 
 
 @implements_triton("token_confidence_out")
@@ -664,7 +432,12 @@ def _token_confidence_out(
 ) -> None:
     op = "token_confidence_out"
     confidence._check(op, logits, rows, seed, step, metric, temperature, top_k, top_p)
+    shape = logits.shape[:-1] if rows is None else rows.shape
     out = _Outputs(token, prob, score)
+    for name, tensor in (("token", token), ("prob", prob), ("score", score)):
+        check_dtype(op, name, tensor, torch.int64 if name == "token" else torch.float32)
+        check_device(op, name, tensor, logits.device)
+        check_shape(op, name, tensor, shape)
     _run(op, logits, rows, None, seed, step, metric, temperature, top_k, top_p, out)
 
 
@@ -680,6 +453,7 @@ def _softmax_stats(
 ) -> tuple[torch.Tensor, ...]:
     op = "softmax_stats"
     confidence._check(op, logits, rows, seed, step, "prob", temperature, top_k, top_p)
-    out = _Outputs(*_outputs(logits, rows, 4))
-    _run(op, logits, rows, None, seed, step, "all", temperature, top_k, top_p, out)
-    return tuple(out[:5])
+    outputs = _empty_outputs(logits, rows, 4)
+    out = _Outputs(*outputs)
+    _run(op, logits, rows, None, seed, step, "everything", temperature, top_k, top_p, out)
+    return tuple(outputs)

@@ -2,51 +2,51 @@
 
 Tokens pass in the order of descending logit, then ascending index, and pass while fewer than top_k
 tokens, with at most top_p of the mass, come before. So what is left ends at one logit, the
-threshold, and among the tokens equal to it at one index. The threshold is searched by bisection over
-the floats of the logits' dtype, each step a count and a mass of what lies above. The maxima of
+threshold, and among the tokens equal to it at one index. The threshold is searched by bisection
+over the floats of the logits' dtype, each step a count and a mass of what lies above. The maxima of
 groups of 64 tokens come first: they are a part of the tokens, so that their threshold is a lower
 bound, and only the groups that reach it are read.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 #: tokens of a group
 GROUP = tl.constexpr(64)
-#: groups read at a time
-_CHUNK = tl.constexpr(128)
+# Groups read at a time; fewer where the order of tokens matters, which takes registers.
+_CHUNK = tl.constexpr(64)
+_TIES_CHUNK = tl.constexpr(16)
 
 _INF = tl.constexpr(float("inf"))
 _FLT_MAX = tl.constexpr(3.4028234663852886e38)
 # Weights below it are rounded up to it: normal, and negligible beside the 1 of the maximum.
-_SMALLEST_EXPONENT = tl.constexpr(-126.0)
+SMALLEST_EXPONENT = tl.constexpr(-126.0)
 
 
 @triton.jit
-def sanitized(x: Any) -> Any:
+def sanitized(x: tl.tensor) -> tl.tensor:
     """NaN as -inf, +inf as the largest float."""
     return tl.minimum(tl.where(x != x, -_INF, x), _FLT_MAX)
 
 
 @triton.jit
-def key_of(value: Any, logits: Any) -> Any:
+def key_of(value: tl.tensor, logits: tl.tensor) -> tl.tensor:
     """An int64 that orders as the floats of the logits' dtype; `value` is fp32, no NaN."""
     if logits.dtype.element_ty == tl.float32:
         bits = (value + 0.0).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-        return tl.where(bits >= 0x80000000, 0xFFFFFFFF - bits, bits + 0x80000000)
+        key = tl.where(bits >= 0x80000000, 0xFFFFFFFF - bits, bits + 0x80000000)
     else:
         # The largest float stands for +inf, whichever way the conversion rounds.
         value = tl.where(value < _FLT_MAX, value + 0.0, _INF)
         bits = value.to(logits.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
-        return tl.where(bits >= 0x8000, 0xFFFF - bits, bits + 0x8000)
+        key = tl.where(bits >= 0x8000, 0xFFFF - bits, bits + 0x8000)
+    return key
 
 
 @triton.jit
-def value_of(key: Any, logits: Any) -> Any:
+def value_of(key: tl.tensor, logits: tl.tensor) -> tl.tensor:
     """The fp32 value with that key; +inf as the largest float."""
     if logits.dtype.element_ty == tl.float32:
         bits = tl.where(key >= 0x80000000, key - 0x80000000, 0xFFFFFFFF - key)
@@ -59,16 +59,16 @@ def value_of(key: Any, logits: Any) -> Any:
 
 @triton.jit
 def _lowest_of_maxima(
-    maxima: Any,
-    largest: Any,
-    scale: Any,
-    low: Any,
-    high: Any,
-    top_k: Any,
-    mass_limit: Any,
-    logits: Any,
+    maxima: tl.tensor,
+    largest: tl.tensor,
+    scale: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    top_k: tl.tensor,
+    mass_limit: tl.tensor,
+    logits: tl.tensor,
     TOP_P: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """The key of the threshold, were the maxima all there is; it lies in (low, high]."""
     weight = tl.exp2((maxima - largest) * scale)
     while high - low > 1:
@@ -84,9 +84,16 @@ def _lowest_of_maxima(
 
 
 @triton.jit
-def _read_groups(source: Any, listed: Any, first: Any, count: Any, vocab: Any) -> Any:
+def _read_groups(
+    source: tl.tensor,
+    listed: tl.tensor,
+    first: tl.tensor,
+    count: tl.tensor,
+    vocab: tl.tensor,
+    CHUNK: tl.constexpr,
+) -> tl.tensor:
     """(group[C], live[C], index[C, 64], logit[C, 64]) of the list from `first` on."""
-    slot = first + tl.arange(0, _CHUNK)
+    slot = first + tl.arange(0, CHUNK)
     live = slot < count
     group = tl.load(listed + slot, mask=live, other=0)
     index = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -97,20 +104,20 @@ def _read_groups(source: Any, listed: Any, first: Any, count: Any, vocab: Any) -
 
 @triton.jit
 def _threshold(
-    source: Any,
-    listed: Any,
-    count: Any,
-    vocab: Any,
-    largest: Any,
-    scale: Any,
-    low: Any,
-    high: Any,
-    top_k: Any,
-    mass_limit: Any,
-    logits: Any,
+    source: tl.tensor,
+    listed: tl.tensor,
+    count: tl.tensor,
+    vocab: tl.tensor,
+    largest: tl.tensor,
+    scale: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    top_k: tl.tensor,
+    mass_limit: tl.tensor,
+    logits: tl.tensor,
     TOP_P: tl.constexpr,
-) -> Any:
-    """(threshold, tokens above it, their mass) over the listed groups; the key is in (low, high]."""
+) -> tl.tensor:
+    """(threshold, tokens above it, their mass) in the listed groups; its key is in (low, high]."""
     before = 0
     mass_before = 0.0
     while high - low > 1:
@@ -119,7 +126,7 @@ def _threshold(
         tokens = 0
         mass = 0.0
         for first in range(0, count, _CHUNK):
-            _, _, _, x = _read_groups(source, listed, first, count, vocab)
+            _, _, _, x = _read_groups(source, listed, first, count, vocab, _CHUNK)
             above = x > pivot
             tokens += tl.sum(above.to(tl.int32))
             if TOP_P:
@@ -136,13 +143,18 @@ def _threshold(
 
 @triton.jit
 def _index_after_ties(
-    source: Any, listed: Any, count: Any, vocab: Any, threshold: Any, ties: Any
-) -> Any:
+    source: tl.tensor,
+    listed: tl.tensor,
+    count: tl.tensor,
+    vocab: tl.tensor,
+    threshold: tl.tensor,
+    ties: tl.tensor,
+) -> tl.tensor:
     """One more than the index of tie number `ties` (from 1) in the order of the vocabulary."""
     limit = vocab
     seen = 0
-    for first in range(0, count, _CHUNK):
-        _, _, index, x = _read_groups(source, listed, first, count, vocab)
+    for first in range(0, count, _TIES_CHUNK):
+        _, _, index, x = _read_groups(source, listed, first, count, vocab, _TIES_CHUNK)
         equal = (x == threshold).to(tl.int32)
         in_group = tl.sum(equal, axis=1)
         rank = (seen + tl.cumsum(in_group) - in_group)[:, None] + tl.cumsum(equal, axis=1)
@@ -154,22 +166,22 @@ def _index_after_ties(
 
 @triton.jit
 def select_kept(
-    logits: Any,
-    source: Any,
-    group_maxima: Any,
-    listed: Any,
-    masses: Any,
-    vocab: Any,
-    largest: Any,
-    total: Any,
-    scale: Any,
-    top_k: Any,
-    top_p: Any,
-    tail: Any,
+    logits: tl.tensor,
+    source: tl.tensor,
+    group_maxima: tl.tensor,
+    listed: tl.tensor,
+    masses: tl.tensor,
+    vocab: tl.tensor,
+    largest: tl.tensor,
+    total: tl.tensor,
+    scale: tl.tensor,
+    top_k: tl.tensor,
+    top_p: tl.tensor,
+    tail: tl.tensor,
     TOP_P: tl.constexpr,
     MASSES: tl.constexpr,
     GROUPS: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """What the filters leave of a row.
 
     Args:
@@ -207,11 +219,22 @@ def select_kept(
     count = tl.sum(wanted.to(tl.int32))
 
     threshold, before, mass_before = _threshold(
-        source, listed, count, vocab, largest, scale, floor - 1, high, top_k, mass_limit, logits, TOP_P
+        source,
+        listed,
+        count,
+        vocab,
+        largest,
+        scale,
+        floor - 1,
+        high,
+        top_k,
+        mass_limit,
+        logits,
+        TOP_P,
     )
     ties = 0
     for first in range(0, count, _CHUNK):
-        _, _, _, x = _read_groups(source, listed, first, count, vocab)
+        _, _, _, x = _read_groups(source, listed, first, count, vocab, _CHUNK)
         ties += tl.sum((x == threshold).to(tl.int32))
     kept_ties = tl.minimum(ties, top_k - before)
     if TOP_P:
@@ -226,9 +249,9 @@ def select_kept(
     kept_total = 0.0
     weighted = 0.0
     for first in range(0, count, _CHUNK):
-        number, live, index, x = _read_groups(source, listed, first, count, vocab)
+        number, live, index, x = _read_groups(source, listed, first, count, vocab, _CHUNK)
         kept = (x > threshold) | ((x == threshold) & (index < tie_limit))
-        t = tl.maximum((x - largest) * scale, _SMALLEST_EXPONENT)
+        t = tl.maximum((x - largest) * scale, SMALLEST_EXPONENT)
         weight = tl.where(kept, tl.exp2(t), 0.0)
         in_group = tl.sum(weight, axis=1)
         kept_total += tl.sum(in_group)

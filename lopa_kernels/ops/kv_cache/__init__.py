@@ -142,7 +142,8 @@ def kv_prewrite_(
         commit_len: int32 [B], 0 to W; only for `direct`.
         status: int32 [B]; only for `direct`. A sequence that does not fit has
             ``Status.CACHE_FULL`` or ``Status.BAD_STATE`` ORed into its word: the first leaves its
-            cache as it is, the second its windows too. None: on the CPU it is an error.
+            cache as it is, the second its windows too. None: on the CPU it is an error, on a GPU,
+            whose lengths the host never sees, it is dropped all the same.
         backend: None for the default.
 
     All tensors of K and V have one dtype and any strides with unit stride on D.
@@ -150,7 +151,8 @@ def kv_prewrite_(
     Raises:
         TypeError, ValueError: dtype, shape, device or stride of an argument.
         RuntimeError: on the CPU and without `status`, a position past `cos_sin`, or a write past
-            the capacity; it names sequence, length and capacity, and nothing has been written.
+            the capacity; it names sequence, length and capacity, and nothing has been written. (On
+            a GPU a sequence with a position past `cos_sin` is dropped.)
     """
     op = "kv_prewrite_"
     check = _Checker(op, k_window, backend)
@@ -265,7 +267,8 @@ def kv_commit_(
         commit_len: int32 [B], 0 to W.
         status: int32 [B]. A sequence whose commit does not fit is dropped and has
             ``Status.CACHE_FULL`` (past S) or ``Status.BAD_STATE`` (a value out of range) ORed into
-            its word; the others proceed. None: on the CPU it is an error.
+            its word; the others proceed. None: on the CPU it is an error, on a GPU, whose lengths
+            the host never sees, it is dropped all the same.
         backend: None for the default.
 
     All tensors of K and V have one dtype and any strides with unit stride on D.

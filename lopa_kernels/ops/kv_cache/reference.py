@@ -192,7 +192,7 @@ def kv_commit_(
         faults.append(fault)
     _settle("kv_commit_", faults, status)
     for b, ((slot, start, count), (fault_bit, _)) in enumerate(zip(rounds, faults, strict=True)):
-        if fault_bit:
+        if fault_bit or count == 0:
             continue
         k_cache[:, b, start : start + count] = k_window[:, b, slot, :count]
         v_cache[:, b, start : start + count] = v_window[:, b, slot, :count]

@@ -205,13 +205,13 @@ def _turn_rows(
             tl.store(to, zero, mask=inside)
             tl.store(to + HALF, zero, mask=inside)
     else:
-        source += (column * source_column + head * source_head)[:, None] + element
-        low = tl.load(source, mask=inside)
+        rows = source + (column * source_column + head * source_head)[:, None] + element
+        low = tl.load(rows, mask=inside)
         if CACHED:
             below = inside & (column < cached)[:, None]
             copy = cache + (column * cache_position + head * cache_head)[:, None] + element
         if PAIRED:
-            high = tl.load(source + HALF, mask=inside)
+            high = tl.load(rows + HALF, mask=inside)
             if TURNS:
                 table = cos_sin + (column * cos_sin_stride)[:, None] + element
                 cosine = tl.load(table, mask=inside)
@@ -278,8 +278,15 @@ def _prewrite_kernel(
     cached = tl.where((branch == 0) & (full == 0), count, 0)
 
     table = cos_sin
+    k_copy = k_cache
+    v_copy = v_cache
     if TURNS:
         table += start * cos_sin_stride
+    if CACHED:
+        k_copy += place * k_cache_layer + b * k_cache_batch + start * k_cache_position
+        v_copy += place * v_cache_layer + b * v_cache_batch + start * v_cache_position
+    k_to = place * k_window_layer + b * k_window_batch + branch * k_window_branch
+    v_to = place * v_window_layer + b * v_window_batch + branch * v_window_branch
     if tile < q_tiles:
         if Q_HEADS > 0:
             _turn_rows(
@@ -289,24 +296,16 @@ def _prewrite_kernel(
                 Q_HEADS, HALF, TURNS, TURNS, False, True, ROWS, BLOCK,
             )  # fmt: skip
     elif tile < q_tiles + kv_tiles:
-        to = place * k_window_layer + b * k_window_batch + branch * k_window_branch
-        copy = k_cache
-        if CACHED:
-            copy += place * k_cache_layer + b * k_cache_batch + start * k_cache_position
         _turn_rows(
             k + b * k_batch + branch * k_branch, k_column, k_head,
-            k_window + to, k_window_column, k_window_head, copy, k_cache_position, k_cache_head,
+            k_window + k_to, k_window_column, k_window_head, k_copy, k_cache_position, k_cache_head,
             table, cos_sin_stride, tile - q_tiles, columns, cached, bad,
             KV_HEADS, HALF, TURNS, TURNS, CACHED, False, ROWS, BLOCK,
         )  # fmt: skip
     else:
-        to = place * v_window_layer + b * v_window_batch + branch * v_window_branch
-        copy = v_cache
-        if CACHED:
-            copy += place * v_cache_layer + b * v_cache_batch + start * v_cache_position
         _turn_rows(
             v + b * v_batch + branch * v_branch, v_column, v_head,
-            v_window + to, v_window_column, v_window_head, copy, v_cache_position, v_cache_head,
+            v_window + v_to, v_window_column, v_window_head, v_copy, v_cache_position, v_cache_head,
             table, cos_sin_stride, tile - q_tiles - kv_tiles, columns, cached, bad,
             KV_HEADS, HALF, TURNS, False, CACHED, False, ROWS, BLOCK,
         )  # fmt: skip

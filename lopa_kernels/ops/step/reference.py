@@ -378,6 +378,8 @@ def lopa_step(
         table, wanted, seed, step, metric, temperature, top_k, top_p
     )
     unusable = table.isnan().any(-1) | ~table.isfinite().any(-1)
+    if len(table) == 0:
+        unusable = unusable.new_zeros(1)
     flagged = (unusable[wanted.clamp(min=0).long()] & (wanted >= 0)).flatten(1).any(1)
     status |= int(Status.NONFINITE) * flagged.to(torch.int32)
     return flat(step_from_stats(token, prob.float(), score.float(), state, settings, status))

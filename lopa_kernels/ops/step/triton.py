@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,27 +13,23 @@ from lopa_kernels.ops.branch.triton import (
     block_tile,
     check_window,
     double_bits,
+    launch_options,
     least_count,
     on_device,
     power_of_two,
     reduction_code,
     single,
-    warps,
 )
 from lopa_kernels.ops.confidence.triton import vocabulary_statistics
 from lopa_kernels.ops.step.triton_round import round_kernel
-from lopa_kernels.ops.step.triton_rows import (
-    count_needed_kernel,
-    list_needed_kernel,
-    step_rows_kernel,
-)
+from lopa_kernels.ops.step.triton_rows import count_needed_kernel, list_needed_kernel
 from lopa_kernels.state import LopaState, LopaStep
 
 Tensors = tuple[torch.Tensor, ...]
 
-# Elements of a tile of branches.
+# Elements of a tile of branches; of what is written or added up along the batch.
 MAX_TILE = 4096
-ROWS_TILE = 256
+LIST_TILE = 256
 
 #: fields of the state and the results, as the out forms name them
 _NEXT_NAMES = tuple(f"next_{name}" for name in LopaState._fields)
@@ -41,6 +38,20 @@ _RESULT_NAMES = LopaStep._fields[1:]
 #: arguments of the state and of the round's settings in the schemas
 _STATE_ARGUMENTS = len(LopaState._fields)
 _CONFIG_ARGUMENTS = 17
+
+#: the fields of the state that say which rows a round reads
+_ROW_FIELDS = tuple(
+    LopaState._fields.index(name)
+    for name in (
+        "tokens",
+        "length",
+        "branches",
+        "cache_len",
+        "commit_len",
+        "prompt_len",
+        "done",
+    )
+)
 
 
 def _fail(op: str, name: str, expected: object, got: object) -> None:
@@ -103,12 +114,15 @@ def _given(op: str, state: Tensors, config: tuple[Any, ...], out: dict[str, Any]
 def _run_round(
     op: str,
     statistics: Tensors,
-    flags: torch.Tensor | None,
+    listed: Tensors | None,
     state: Tensors,
     config: tuple[Any, ...],
     outputs: Tensors,
 ) -> None:
-    """Launches the round from statistics by logits row [B, K, W]; `outputs` may hold the state."""
+    """Launches the round from statistics by logits row, [B, K, W]; `outputs` may hold the state.
+
+    Or from statistics of a list of rows: `listed` then has their flags, and places [B, K, W].
+    """
     (
         next_slots,
         next_window,
@@ -136,12 +150,14 @@ def _run_round(
     tile_slots = _tile_slots(slots, columns)
     blocks, span = block_tile(block_size, window)
     score = statistics[2]
-    scratch = torch.empty_like(score) if reduction == "group" else score
+    scratch = score
+    if reduction == "group":
+        scratch = torch.empty((batch, slots, window), dtype=torch.float32, device=score.device)
     with on_device(score):
         round_kernel[(batch,)](
             *state,
             *statistics,
-            score if flags is None else flags,
+            *(listed or (score, score)),
             *outputs,
             scratch,
             slots,
@@ -160,9 +176,9 @@ def _run_round(
             double_bits(alpha),
             ACCEPTS.index(accept),
             FALLBACKS.index(fallback),
-            int(shift),
             int(force_anchor),
-            HAS_FLAGS=flags is not None,
+            SHIFT=int(shift),
+            LISTED=listed is not None,
             REDUCTION=reduction_code(reduction, fraction),
             SLOTS=tile_slots,
             WINDOW=columns,
@@ -171,8 +187,8 @@ def _run_round(
             ALL_SLOTS=power_of_two(max(slots, next_slots)),
             NEXT_SLOTS=_tile_slots(next_slots, next_columns),
             NEXT_WINDOW=next_columns,
-            num_warps=warps(tile_slots * columns),
             enable_fp_fusion=False,
+            **launch_options(score.device, tile_slots * columns),
         )
 
 
@@ -196,37 +212,72 @@ def _from_logits(op: str, args: tuple[Any, ...], out: dict[str, Any] | None) -> 
     total = batch * slots * window
     if total == 0:
         return outputs
-    logits_rows = 1
-    for size in logits.shape[:-1]:
-        logits_rows *= size
-    tokens, length, _, _, branches, cache_len, commit_len, prompt_len, *_, done = state
-    wanted = torch.empty((total,), dtype=torch.int32, device=tokens.device)
+    device = logits.device
+    wanted = torch.empty((total,), dtype=torch.int32, device=device)
+    places = torch.empty((batch, slots, window), dtype=torch.int32, device=device)
+    count = torch.empty((1,), dtype=torch.int32, device=device)
+    fields = tuple(state[i] for i in _ROW_FIELDS)
+    logits_rows = math.prod(logits.shape[:-1])
+    mask_id, shift = config[7], config[15]
+    _list_rows(fields, rows, wanted, places, count, total, logits_rows, mask_id, shift)
+    *statistics, flags = vocabulary_statistics(
+        logits, wanted, count, total, seed, step, metric, temperature, top_k, top_p
+    )
+    _run_round(op, tuple(statistics), (flags, places), state, config, outputs)
+    return outputs
+
+
+def _list_rows(
+    fields: Tensors,
+    named: torch.Tensor | None,
+    listed: torch.Tensor,
+    places: torch.Tensor,
+    count: torch.Tensor,
+    capacity: int,
+    logits_rows: int,
+    mask_id: int,
+    shift: bool,
+) -> None:
+    """Launches :func:`list_needed_kernel`, after a count where there are several sequences.
+
+    `listed` int64 takes slots, int32 rows of logits.
+    """
+    tokens = fields[0]
+    batch, slots, window = tokens.shape
+    columns = power_of_two(window)
+    tile_slots = _tile_slots(slots, columns)
+    counts = count
+    options = {
+        "SLOTS": tile_slots,
+        "WINDOW": columns,
+        **launch_options(tokens.device, tile_slots * columns),
+    }
     with on_device(tokens):
-        step_rows_kernel[(-(-total // ROWS_TILE),)](
-            tokens,
-            length,
-            branches,
-            cache_len,
-            commit_len,
-            prompt_len,
-            done,
-            wanted if rows is None else rows.contiguous(),
-            wanted,
-            total,
-            logits_rows,
+        if batch > 1:
+            counts = torch.empty((batch,), dtype=torch.int32, device=tokens.device)
+            count_needed_kernel[(batch,)](
+                *fields, counts, slots, window, mask_id, int(shift), **options
+            )
+        list_needed_kernel[(max(batch, 1),)](
+            *fields,
+            counts,
+            listed if named is None else named.contiguous(),
+            listed,
+            places,
+            count,
+            batch,
             slots,
             window,
-            config[7],
-            int(config[15]),
-            HAS_ROWS=rows is not None,
-            TILE=ROWS_TILE,
-            num_warps=4,
+            mask_id,
+            int(shift),
+            capacity,
+            logits_rows,
+            TILE=LIST_TILE,
+            COUNTED=batch != 1,
+            SLOT_LIST=listed.dtype == torch.int64,
+            NAMED=named is not None,
+            **options,
         )
-    *statistics, flags = vocabulary_statistics(
-        logits, wanted, None, total, seed, step, metric, temperature, top_k, top_p
-    )
-    _run_round(op, tuple(statistics), flags, state, config, outputs)
-    return outputs
 
 
 @implements_triton("branch_step")
@@ -276,34 +327,10 @@ def needed_rows(
     batch, slots, window = tokens.shape
     check_window(op, window)
     fields = (tokens, length, branches, cache_len, commit_len, prompt_len, done)
-    state = tuple(tensor.contiguous() for tensor in fields)
     device = tokens.device
     index = torch.empty((capacity,), dtype=torch.int64, device=device)
     rows = torch.empty((batch, slots, window), dtype=torch.int32, device=device)
     count = torch.empty((1,), dtype=torch.int32, device=device)
-    counts = torch.empty((max(batch, 1),), dtype=torch.int32, device=device)
-    columns = power_of_two(window)
-    sizes = {"SLOTS": _tile_slots(slots, columns), "WINDOW": columns}
-    options = {"num_warps": warps(sizes["SLOTS"] * columns)}
-    with on_device(tokens):
-        if batch > 0:
-            count_needed_kernel[(batch,)](
-                *state, counts, slots, window, mask_id, int(shift), **sizes, **options
-            )
-        list_needed_kernel[(max(batch, 1),)](
-            *state,
-            counts,
-            index,
-            rows,
-            count,
-            batch,
-            slots,
-            window,
-            mask_id,
-            int(shift),
-            capacity,
-            TILE=ROWS_TILE,
-            **sizes,
-            **options,
-        )
+    state = tuple(tensor.contiguous() for tensor in fields)
+    _list_rows(state, None, index, rows, count, capacity, 0, mask_id, shift)
     return index, rows, count

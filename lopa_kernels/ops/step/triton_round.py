@@ -21,6 +21,7 @@ from lopa_kernels.ops.branch.triton import (
     lookahead_slots,
     rankable,
     reduce_scores,
+    score_key,
 )
 from lopa_kernels.status import Status
 
@@ -30,6 +31,9 @@ BAD_STATE = tl.constexpr(int(Status.BAD_STATE))
 MISSING_ROW = tl.constexpr(int(Status.MISSING_ROW))
 STALLED = tl.constexpr(int(Status.STALLED))
 
+# Below the key of every branch.
+NO_BRANCH = tl.constexpr(-(2**63))
+
 # Flags of a row's statistics, as the vocabulary pass sets them.
 ROW_UNUSABLE = tl.constexpr(1 | 2)  # a NaN, or no finite logit
 ROW_MISSING = tl.constexpr(4)
@@ -37,14 +41,14 @@ ROW_MISSING = tl.constexpr(4)
 
 @triton.jit
 def live_branches(
-    b: Any,
-    branches: Any,
-    cache_len: Any,
-    commit_len: Any,
-    prompt_len: Any,
-    done: Any,
-    slots: Any,
-    window: Any,
+    b: tl.tensor,
+    branches: tl.tensor,
+    cache_len: tl.tensor,
+    commit_len: tl.tensor,
+    prompt_len: tl.tensor,
+    done: tl.tensor,
+    slots: tl.tensor,
+    window: tl.tensor,
 ) -> Any:
     """Live branches of sequence b, or 0 where it is done or its numbers are out of range."""
     live = tl.load(branches + b)
@@ -57,19 +61,33 @@ def live_branches(
 
 
 @triton.jit
-def is_bad_length(columns: Any, cache: Any, commits: Any, prompt: Any, window: Any) -> Any:
+def is_bad_length(
+    columns: tl.tensor, cache: tl.tensor, commits: tl.tensor, prompt: tl.tensor, window: tl.tensor
+) -> Any:
     # The window reaches past the prompt: blocks are counted from there. Where the sum overflows,
     # the length alone is out of range.
     bad = (columns < 0) | (columns > window) | (commits > columns)
     return bad | (cache + columns < prompt)
 
 
+@triton.jit
+def place_of(places: tl.tensor, at: tl.tensor, has_row: tl.tensor, LISTED: tl.constexpr) -> Any:
+    """Where the statistics of a row are, and whether there are any.
+
+    At its slot, or at its place in the list of needed rows.
+    """
+    place = at
+    found = has_row
+    if LISTED:
+        place = tl.load(places + at, has_row, -1)
+        found = place >= 0
+    return place, found
+
+
 @triton.jit(
     do_not_specialize=[
         "slots",
-        "window",
         "next_slots",
-        "next_window",
         "block_size",
         "mask_id",
         "eos_id",
@@ -82,45 +100,45 @@ def is_bad_length(columns: Any, cache: Any, commits: Any, prompt: Any, window: A
         "alpha_bits",
         "by_score",
         "by_window",
-        "shift",
         "force_anchor",
     ]
 )
 def round_kernel(
-    tokens: Any,
-    length: Any,
-    creation: Any,
-    eos: Any,
-    branches: Any,
-    cache_len: Any,
-    commit_len: Any,
-    prompt_len: Any,
-    carry_token: Any,
-    carry_prob: Any,
-    carry_score: Any,
-    done: Any,
-    token: Any,
-    prob: Any,
-    score: Any,
-    flags: Any,
-    next_tokens: Any,
-    next_length: Any,
-    next_creation: Any,
-    next_eos: Any,
-    next_branches: Any,
-    next_cache_len: Any,
-    next_commit_len: Any,
-    next_prompt_len: Any,
-    next_carry_token: Any,
-    next_carry_prob: Any,
-    next_carry_score: Any,
-    next_done: Any,
-    winner_out: Any,
-    filled_out: Any,
-    confidence: Any,
-    committed: Any,
-    status_out: Any,
-    scratch: Any,
+    tokens: tl.tensor,
+    length: tl.tensor,
+    creation: tl.tensor,
+    eos: tl.tensor,
+    branches: tl.tensor,
+    cache_len: tl.tensor,
+    commit_len: tl.tensor,
+    prompt_len: tl.tensor,
+    carry_token: tl.tensor,
+    carry_prob: tl.tensor,
+    carry_score: tl.tensor,
+    done: tl.tensor,
+    token: tl.tensor,
+    prob: tl.tensor,
+    score: tl.tensor,
+    flags: tl.tensor,
+    places: tl.tensor,
+    next_tokens: tl.tensor,
+    next_length: tl.tensor,
+    next_creation: tl.tensor,
+    next_eos: tl.tensor,
+    next_branches: tl.tensor,
+    next_cache_len: tl.tensor,
+    next_commit_len: tl.tensor,
+    next_prompt_len: tl.tensor,
+    next_carry_token: tl.tensor,
+    next_carry_prob: tl.tensor,
+    next_carry_score: tl.tensor,
+    next_done: tl.tensor,
+    winner_out: tl.tensor,
+    filled_out: tl.tensor,
+    confidence: tl.tensor,
+    committed: tl.tensor,
+    status_out: tl.tensor,
+    scratch: tl.tensor,
     slots: tl.int32,
     window: tl.int32,
     next_slots: tl.int32,
@@ -128,7 +146,7 @@ def round_kernel(
     block_size: tl.int32,
     mask_id: tl.int64,
     eos_id: tl.int64,
-    tau_conf: Any,
+    tau_conf: tl.tensor,
     act_count: tl.int32,
     add_count: tl.int32,
     max_blocks: tl.int32,
@@ -137,9 +155,10 @@ def round_kernel(
     alpha_bits: tl.int64,
     by_score: tl.int32,
     by_window: tl.int32,
-    shift: tl.int32,
     force_anchor: tl.int32,
-    HAS_FLAGS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LISTED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     REDUCTION: tl.constexpr,
     SLOTS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -149,12 +168,15 @@ def round_kernel(
     NEXT_SLOTS: tl.constexpr,
     NEXT_WINDOW: tl.constexpr,
 ) -> None:
-    """A round from statistics by logits row.
+    """A round from statistics by logits row, [B, K, W], or of a list of rows (`places`) with flags.
 
-    Tiles: [SLOTS, WINDOW] of this state, [BLOCKS, SPAN] of its winner, [NEXT_SLOTS, NEXT_WINDOW] of
-    the next state; ALL_SLOTS is above the slots of both. The next state may be this state's
+    Tiles: [WINDOW, SLOTS] of this state, [SPAN, BLOCKS] of its winner, [NEXT_WINDOW, NEXT_SLOTS] of
+    the next state; ALL_SLOTS is not below the slots of both. The next state may be this state's
     memory: everything is read before a barrier, and written after it.
     """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     b = tl.program_id(0).to(tl.int64)
     live, cache_in, commits_in, prompt_in = live_branches(
         b, branches, cache_len, commit_len, prompt_len, done, slots, window
@@ -169,43 +191,60 @@ def round_kernel(
     prompt = tl.where(live > 0, prompt_in, 0)
     first = tl.maximum(prompt - cache, 0)
 
-    # 2. Branch confidence, and 3. the winner among the lookahead branches.
+    # From here on all offsets are the sequence's own.
+    tokens += b * slots * window
+    length += b * slots
+    creation += b * slots
+    eos += b * slots
+    confidence += b * slots
+    committed += b * window
+    if LISTED:
+        places += b * slots * window
+    else:
+        token += b * slots * window
+        prob += b * slots * window
+        score += b * slots * window
+    next_tokens += b * next_slots * next_window
+    next_length += b * next_slots
+    next_creation += b * next_slots
+    next_eos += b * next_slots
+
+    # 2. Branch confidence, and 3. the winner.
     status = 0
     malformed = 0
-    lookahead = 0
-    best = float("-inf")
-    anchor = float("-inf")
+    best = tl.full([], NO_BRANCH, tl.int64)
     for k0 in range(0, slots, SLOTS):
         k = k0 + tl.arange(0, SLOTS)
-        row = b * slots + k
-        c = tl.arange(0, WINDOW)[None, :]
+        c = tl.arange(0, WINDOW)[:, None]
         in_slots = k < slots
-        in_tile = in_slots[:, None] & (c < window)
-        at = (row * window)[:, None] + c
+        in_tile = in_slots[None, :] & (c < window)
+        at = (k * window)[None, :] + c
         # Columns that turn out not to be open are read too: it saves waiting for the tokens.
         tile = tl.load(tokens + at, in_tile, 0)
-        has_row = in_tile & (c - shift >= 0)
-        value = tl.load(score + at - shift, has_row, 0.0)
-        columns = tl.load(length + row, in_slots, 0)
-        created = tl.load(creation + row, in_slots, 0.0)
+        place, found = place_of(places, at - SHIFT, in_tile & (c >= SHIFT), LISTED)
+        value = tl.load(score + place, found, 0.0)
+        if SHIFT == 1:
+            value = tl.where(c == 0, carried_score, value)
+        columns = tl.load(length + k, in_slots, 0)
+        created = tl.load(creation + k, in_slots, 0.0)
 
         is_live = k < live
-        is_mask = is_live[:, None] & (tile == mask_id) & (c >= first)
-        is_open = is_mask & (c < columns[:, None])
-        value = tl.where(c - shift >= 0, value, carried_score)
+        is_mask = is_live[None, :] & (tile == mask_id) & (c >= first)
+        is_open = is_mask & (c < columns[None, :])
         # A score that is infinite or NaN comes from a row without a usable distribution.
         unusable = is_open & ~(tl.abs(value) < float("inf"))
         bad = is_live & is_bad_length(columns, cache, commits, prompt, window)
-        bad_tile = bad[:, None] | (is_mask & (c < commits))
+        bad_tile = bad[None, :] | (is_mask & (c < commits))
         counts = tl.sum(bad_tile.to(tl.int32) + (unusable.to(tl.int32) << 16))
         malformed = malformed | (counts & 0xFFFF)
         status = status | tl.where((counts >> 16) != 0, NONFINITE, 0)
-        if HAS_FLAGS:
-            # Of the open columns' rows, and of the last committed row, which becomes the carry.
-            flag = tl.load(flags + at - shift, has_row, 0).to(tl.int32)
-            is_carry = is_live[:, None] & (c == commits * shift - 1)
-            carry_flag = tl.load(flags + at, in_tile & is_carry, 0).to(tl.int32)
-            flag = tl.where(is_open, flag, 0) | carry_flag
+        if LISTED:
+            flag = tl.load(flags + place, found & is_open, 0).to(tl.int32)
+            if SHIFT == 1:
+                # The last committed row, which becomes the carry.
+                is_last = in_tile & is_live[None, :] & (c == commits - 1)
+                place, found = place_of(places, at, is_last, LISTED)
+                flag = flag | tl.load(flags + place, found, 0).to(tl.int32)
             missing = (flag & ROW_MISSING) != 0
             broken = ((flag & ROW_UNUSABLE) != 0) & ~missing
             counts = tl.sum(missing.to(tl.int32) + (broken.to(tl.int32) << 16))
@@ -215,47 +254,44 @@ def round_kernel(
         reduced = reduce_scores(
             rankable(value),
             is_open,
-            scratch + row * window,
+            scratch + (b * slots + k) * window,
             group,
             as_double(fraction_bits),
             REDUCTION,
         )
         own = blend(rankable(created), reduced, as_double(alpha_bits))
         own = tl.where(columns == 0, 1.0, own)
-        tl.store(confidence + row, tl.where(is_live, own, float("-inf")), in_slots)
-        # The first lookahead needs not beat anything: where its confidence is NaN, none beats it.
-        own = tl.where(own == own, own, tl.where(k == 1, float("inf"), float("-inf")))
-        is_lookahead = is_live & (k > 0)
-        highest = tl.max(tl.where(is_lookahead, own, float("-inf")), 0)
-        slot = tl.min(tl.where(is_lookahead & (own == highest), k, NO_COLUMN), 0)
-        better = (slot < NO_COLUMN) & ((lookahead == 0) | (highest > best))
-        lookahead = tl.where(better, slot, lookahead)
-        best = tl.where(better, highest, best)
-        anchor = tl.maximum(anchor, tl.max(tl.where(k == 0, own, float("-inf")), 0))
+        tl.store(confidence + k, tl.where(is_live, own, float("-inf")), in_slots)
+        # Equal confidence: the lowest lookahead slot, and the anchor last. Nothing beats a first
+        # lookahead whose confidence is NaN, as the comparisons are false.
+        key = tl.where((k == 1) & (own != own), NO_COLUMN, score_key(own)).to(tl.int64)
+        key = (key << 32) + tl.where(k == 0, 0, NO_COLUMN - k)
+        best = tl.maximum(best, tl.max(tl.where(is_live, key, NO_BRANCH), 0))
 
     if (live > 0) & (malformed == 0):
-        # Equal confidence: the anchor comes last.
-        winner = tl.where((anchor > best) | (force_anchor != 0), 0, lookahead)
-        window_row = (b * slots + winner) * window
-        columns = tl.load(length + b * slots + winner)
-        has_eos = tl.load(eos + b * slots + winner) != 0
-        column, span = block_columns(cache - prompt, block_size, window, BLOCKS, SPAN)
+        priority = (best & 0xFFFFFFFF).to(tl.int32)
+        winner = tl.where((priority == 0) | (force_anchor != 0), 0, NO_COLUMN - priority)
+        columns = tl.load(length + winner)
+        has_eos = tl.load(eos + winner) != 0
+        offset = cache - prompt
+        column, span, in_block = block_columns(offset, block_size, window, BLOCKS, SPAN)
         before = column - span
-        at = window_row + column
-        inside = (column >= 0) & (column < window)
+        at = winner * window + column
+        inside = in_block & (column >= 0) & (column < window)
         old = tl.load(tokens + at, inside, 0)
-        has_before = (before >= first) & (before < window)
+        has_before = in_block & (before >= first) & (before < window)
         old_before = tl.load(tokens + at - span, has_before, 0)
-        has_row = inside & (column - shift >= 0)
-        own_token = tl.load(token + at - shift, has_row, carried_token)
-        own_prob = tl.load(prob + at - shift, has_row, carried_prob)
-        own_score = tl.load(score + at - shift, has_row, carried_score)
-        # 4. With shifted logits the last committed row becomes the carry.
-        last = window_row + commits - 1
-        moves = (shift != 0) & (commits > 0)
-        carried_token = tl.where(moves, tl.load(token + last, moves, 0), carried_token)
-        carried_prob = tl.where(moves, tl.load(prob + last, moves, 0.0), carried_prob)
-        carried_score = tl.where(moves, tl.load(score + last, moves, 0.0), carried_score)
+        place, found = place_of(places, at - SHIFT, inside & (column >= SHIFT), LISTED)
+        own_token = tl.load(token + place, found, carried_token)
+        own_prob = tl.load(prob + place, found, carried_prob)
+        own_score = tl.load(score + place, found, carried_score)
+        if SHIFT == 1:
+            # 4. The last committed row becomes the carry.
+            last = winner * window + commits - 1
+            last_place, moves = place_of(places, last, commits > 0, LISTED)
+            carried_token = tl.load(token + last_place, moves, carried_token)
+            carried_prob = tl.load(prob + last_place, moves, carried_prob)
+            carried_score = tl.load(score + last_place, moves, carried_score)
 
         # 5. Fill, block by block.
         is_open = inside & (column >= first) & (column < columns) & (old == mask_id)
@@ -275,7 +311,6 @@ def round_kernel(
         )
         is_eos = (own_token == eos_id) & (own_token >= 0)
         still_open = is_open & ~fill
-        offset = cache - prompt
         generated = columns + offset  # positions
         last_block = (generated - 1) // block_size * block_size - offset  # its first column
         counts = tl.sum(fill.to(tl.int32) + ((key > LOWEST_KEY).to(tl.int32) << 16))
@@ -325,30 +360,29 @@ def round_kernel(
         branch_columns = kept + tl.where(branch_opens, block_size, 0)
 
         tl.debug_barrier()
-        next_row = b * next_slots
         new = tl.where(fill, own_token, old)
-        stays = (column >= commits) & (column < commits + kept)
-        to = next_tokens + next_row * next_window + column - commits
-        for k in range(spawned + 1):
-            tl.store(to + k * next_window, tl.where(slot == k, own_token, new), stays)
-        tl.store(next_length + next_row + slot, branch_columns, is_spawned)
-        tl.store(next_creation + next_row + slot, rankable(own_score), is_spawned)
-        tl.store(next_eos + next_row + slot, branch_eos, is_spawned)
+        stays = inside & (column >= commits) & (column < commits + kept)
+        to = next_tokens + (column - commits)
+        for branch in range(spawned + 1):
+            tl.store(to + branch * next_window, tl.where(slot == branch, own_token, new), stays)
+        tl.store(next_length + slot, branch_columns, is_spawned)
+        tl.store(next_creation + slot, rankable(own_score), is_spawned)
+        tl.store(next_eos + slot, branch_eos, is_spawned)
         k = tl.arange(0, ALL_SLOTS)
         is_anchor = k == 0
         others = (k < next_slots) & (is_anchor | (k > spawned))
         anchor_columns = kept + tl.where(opens, block_size, 0)
-        tl.store(next_length + next_row + k, tl.where(is_anchor, anchor_columns, 0), others)
-        tl.store(next_creation + next_row + k, tl.where(is_anchor, 1.0, 0.0), others)
-        tl.store(next_eos + next_row + k, is_anchor & has_eos, others)
+        tl.store(next_length + k, tl.where(is_anchor, anchor_columns, 0), others)
+        tl.store(next_creation + k, tl.where(is_anchor, 1.0, 0.0), others)
+        tl.store(next_eos + k, is_anchor & has_eos, others)
         for k0 in range(0, next_slots, NEXT_SLOTS):
-            k = k0 + tl.arange(0, NEXT_SLOTS)
-            c = tl.arange(0, NEXT_WINDOW)[None, :]
-            blank = (k > spawned)[:, None] | (c >= kept)
-            blank = blank & (k < next_slots)[:, None] & (c < next_window)
-            to = next_tokens + ((next_row + k) * next_window)[:, None] + c
-            tl.store(to, tl.zeros([NEXT_SLOTS, NEXT_WINDOW], tl.int64) + mask_id, blank)
-        tl.store(committed + b * window + column, tl.where(column < commits, old, -1), inside)
+            next_k = k0 + tl.arange(0, NEXT_SLOTS)
+            next_c = tl.arange(0, NEXT_WINDOW)[:, None]
+            blank = (next_k > spawned)[None, :] | (next_c >= kept)
+            blank = blank & (next_k < next_slots)[None, :] & (next_c < next_window)
+            blank_at = next_tokens + (next_k * next_window)[None, :] + next_c
+            tl.store(blank_at, tl.zeros([NEXT_WINDOW, NEXT_SLOTS], tl.int64) + mask_id, blank)
+        tl.store(committed + column, tl.where(column < commits, old, -1), inside)
         tl.store(winner_out + b, winner)
         tl.store(filled_out + b, filled)
         tl.store(status_out + b, status)
@@ -362,31 +396,30 @@ def round_kernel(
         tl.store(next_done + b, is_over | is_stalled | is_full)
     else:
         # A sequence that is done, or cannot be worked on, keeps its state.
-        row = b * slots
-        next_row = b * next_slots
         columns = tl.minimum(window, next_window)
         k = tl.arange(0, ALL_SLOTS)
         exists = (k < slots) & (k < next_slots)
-        old_columns = tl.load(length + row + k, exists, 0)
-        old_creation = tl.load(creation + row + k, exists, 0.0)
-        old_eos = tl.load(eos + row + k, exists, 0)
+        old_columns = tl.load(length + k, exists, 0)
+        old_creation = tl.load(creation + k, exists, 0.0)
+        old_eos = tl.load(eos + k, exists, 0)
         tl.debug_barrier()
         kept_columns = tl.minimum(tl.maximum(old_columns, 0), columns)
-        tl.store(next_length + next_row + k, kept_columns, k < next_slots)
-        tl.store(next_creation + next_row + k, old_creation, k < next_slots)
-        tl.store(next_eos + next_row + k, old_eos, k < next_slots)
-        tl.store(confidence + row + k, tl.full([ALL_SLOTS], float("-inf"), tl.float32), k < slots)
+        tl.store(next_length + k, kept_columns, k < next_slots)
+        tl.store(next_creation + k, old_creation, k < next_slots)
+        tl.store(next_eos + k, old_eos, k < next_slots)
+        tl.store(confidence + k, tl.full([ALL_SLOTS], float("-inf"), tl.float32), k < slots)
         for k0 in range(0, next_slots, NEXT_SLOTS):
             # In place, every element is read and written as it is: no order is needed.
-            k = k0 + tl.arange(0, NEXT_SLOTS)
-            c = tl.arange(0, NEXT_WINDOW)[None, :]
-            is_old = (k < slots)[:, None] & (c < columns)
-            at = ((row + k) * window)[:, None] + c
-            kept_tokens = tl.load(tokens + at, is_old, mask_id)
-            to = next_tokens + ((next_row + k) * next_window)[:, None] + c
-            tl.store(to, kept_tokens, (k < next_slots)[:, None] & (c < next_window))
-        c = tl.arange(0, WINDOW)
-        tl.store(committed + b * window + c, tl.full([WINDOW], -1, tl.int64), c < window)
+            next_k = k0 + tl.arange(0, NEXT_SLOTS)
+            next_c = tl.arange(0, NEXT_WINDOW)[:, None]
+            is_old = (next_k < slots)[None, :] & (next_c < columns)
+            kept_tokens = tl.load(tokens + (next_k * window)[None, :] + next_c, is_old, mask_id)
+            is_next = (next_k < next_slots)[None, :] & (next_c < next_window)
+            kept_at = next_tokens + (next_k * next_window)[None, :] + next_c
+            tl.store(kept_at, kept_tokens, is_next)
+        all_columns = tl.arange(0, WINDOW)
+        nothing = tl.full([WINDOW], -1, tl.int64)
+        tl.store(committed + all_columns, nothing, all_columns < window)
         tl.store(winner_out + b, 0)
         tl.store(filled_out + b, 0)
         tl.store(status_out + b, tl.where(is_done, 0, BAD_STATE))
