@@ -301,7 +301,8 @@ __device__ Candidate draw_token(const VocabularyArgs& args, int64_t row, int64_t
   const int n = static_cast<int>(smaller<int64_t>(kTile, args.logits.vocab - first));
   const T* logits = row_pointer<T>(args.logits, row) + first;
   const bool aligned = (reinterpret_cast<uintptr_t>(logits) & 15) == 0;
-  const float inverse_temperature = static_cast<float>(args.inverse_temperature);
+  // Finite, so that the distance of the maximum is 0 at any temperature.
+  const float inverse_temperature = fminf(static_cast<float>(args.inverse_temperature), FLT_MAX);
   Candidate best;
   for (int v = warp; v < kVectors<T>; v += kMergeThreads / 32) {
     const int begin = vector_begin<T>(v, lane);
