@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,9 @@ _LIBRARIES = {"cpu": "lopa_cpu", "cuda": "lopa_cuda"}
 _TRITON_ROOMS = ("confidence", "branch", "step", "kv_cache")
 
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {name: {} for name in BACKENDS}
+
+#: op -> the native operator, and the form of it that a plain call takes (see plain_call)
+_native_forms: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
 
 def _checked(name: str, source: str) -> str:
@@ -75,6 +79,46 @@ def native(*ops: str) -> None:
                 f"lopa::{op}", key
             ):
                 _implementations[backend][op] = call
+                _native_forms.setdefault(op, (call, call))
+
+
+# PyTorch takes five times as long for an argument that is no tensor, or that has a keyword, as for
+# a tensor in its place. torch.ops.lopa_eager.* are the native kernels under schemas that get across
+# faster. They have no fakes and no other backend: only a plain call takes them.
+_eager_library = torch.library.Library("lopa_eager", "DEF")
+
+
+def eager(*ops: str, change: Callable[[str], str] = str) -> None:
+    """Defines ``torch.ops.lopa_eager.<op>``: all arguments in place, and what `change` does."""
+    for op in ops:
+        if op in _native_forms:
+            native, _ = _native_forms[op]
+            schema = str(native._schema).removeprefix("lopa::")  # type: ignore[attr-defined]
+            _eager_library.define(change(re.sub(r" \*,|=[^,)]*", "", schema)))
+            form = getattr(torch.ops.lopa_eager, op).default
+            # What its __call__ calls, a frame of Python later.
+            _native_forms[op] = native, getattr(form, "_op", form)
+
+
+def plain_call(op: str, like: torch.Tensor, backend: str | None) -> Callable[..., Any] | None:
+    """The form of the native operator for a plain call on the device of `like`, if it is one.
+
+    A call is plain if a native kernel runs it and no compiler, exporter or dispatch mode is
+    watching. The kernel refuses what the public function refuses, before anything is written, so
+    that a plain call need not check its tensors twice: where it raises, the public function checks
+    them, in its own wording, and calls the operator proper.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    if not isinstance(like, torch.Tensor):
+        return None
+    device = "cuda" if like.is_cuda else "cpu" if like.is_cpu else ""
+    name = _default if backend is None else backend
+    # The native backends are called as their devices.
+    if not device or name not in ("auto", device) or op not in _native_forms:
+        return None
+    native, form = _native_forms[op]
+    return form if _implementations[device].get(op) is native else None
 
 
 # Triton's operators are torch.ops.lopa_triton.*, of the same schemas, so that compilers see one
@@ -166,9 +210,9 @@ def implementation(op: str, device_type: str, backend: str | None = None) -> Cal
         )
     if not _runs_on(name, device_type):
         raise RuntimeError(f"{op}: backend {name!r} does not run on device type {device_type!r}")
-    reason = why_absent(name, op)
-    if reason is not None:
-        raise RuntimeError(f"{op}: backend {name!r} is missing: {reason}")
+    # The reason is asked for last: compilers trace this function, but no search for packages.
+    if op not in _implementations[name]:
+        raise RuntimeError(f"{op}: backend {name!r} is missing: {why_absent(name, op)}")
     return _implementations[name][op]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # PyTorch's deterministic mode, below, asks it of cuBLAS, which reads it once.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -12,9 +13,34 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from lopa_kernels import _dispatch
+
 # Building a batch of ragged states takes a while on a loaded machine, which says nothing of it.
 settings.register_profile("lopa", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("lopa")
+
+
+def _patch_triton_once() -> None:
+    """Triton's interpreter patches its language in every call of a device function.
+
+    That takes three quarters of its time, and changes nothing: the kernel's own launch has patched
+    the language before, and undoes it after.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang", None)
+    scope = getattr(interpreter, "_LangPatchScope", None)
+    if patch is None or scope is None:
+        return
+
+    def patch_once(fn: Any) -> Any:
+        languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.arange) for language in languages):
+            return patch(fn)
+        return scope()
+
+    interpreter._patch_lang = patch_once
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if _dispatch.interpreted() and _dispatch.why_absent("triton") is None:
+        _patch_triton_once()
     config.addinivalue_line(
         "markers", "triton: runs Triton kernels, in Triton's interpreter where TRITON_INTERPRET=1"
     )

@@ -78,6 +78,12 @@ class TestBranchConfidence:
         assert confidence_of([-INF], target, alpha=1.0, creation=0.5) == 0.5
         assert confidence_of([0.5], target, alpha=0.0, creation=-INF) == 0.5
 
+    @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+    def test_nan_creation_counts_as_minus_infinity(self, target: Target, alpha: float) -> None:
+        expected = 0.5 if alpha == 0.0 else -INF
+        for creation in (math.nan, -INF):
+            assert confidence_of([0.5], target, alpha=alpha, creation=creation) == expected
+
     def test_dead_slots_and_empty_windows(self, target: Target) -> None:
         score = torch.full((1, 3, 2), 0.5)
         got = run_on(
@@ -101,6 +107,8 @@ def check_branch_confidence(target: Target, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     opened = torch.rand(shape, generator=generator) < rng.random()
     creation = torch.randn(shape[:2], generator=generator)
+    if rng.random() < 0.3:
+        creation[torch.rand(shape[:2], generator=generator) < 0.3] = math.nan
     options = {
         "branches": torch.randint(0, shape[1] + 1, shape[:1], dtype=torch.int32),
         "length": torch.randint(0, shape[2] + 1, shape[:2], dtype=torch.int32),

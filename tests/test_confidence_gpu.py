@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import VOCABULARY_OPTIONS, close, integer, random_logits
+from cases import VOCABULARY_OPTIONS, close, integer, operator, random_logits
 from targets import GPU_TARGETS, Target, cpu, needs_gpu, over
 
 from lopa_kernels.ops.confidence import (
@@ -261,9 +261,9 @@ def test_tensors_of_another_device(name: str) -> None:
         token_confidence(logits, temperature=1.0, **tensors)
 
 
-@over([target for target in GPU_TARGETS if target.backend == "cuda"])
+@over(GPU_TARGETS)
 def test_tensors_of_another_device_past_the_python_checks(target: Target) -> None:
     logits = torch.zeros(2, 8, device=target.device)
     for name, value in (("seed", integer(1)), ("rows", torch.zeros(2, dtype=torch.int32))):
         with pytest.raises(RuntimeError, match=f"{name}: expected a tensor on cuda:0, got the CPU"):
-            torch.ops.lopa.token_confidence(logits, **{name: value})
+            operator(target, "token_confidence")(logits, **{name: value})

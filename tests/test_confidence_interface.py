@@ -147,12 +147,14 @@ NATIVE_BAD_INPUT = [
 
 
 @pytest.mark.parametrize(("options", "match"), NATIVE_BAD_INPUT)
-@over([target for target in KERNELS if target.backend in ("cpu", "cuda")])
+@over(KERNELS)
 def test_bad_input_past_the_python_checks(options: dict, match: str, target: Target) -> None:
-    if target.gpu and "flat index" in match:
+    if target.backend != "cpu" and "flat index" in match:
         pytest.skip("a GPU's values are not read by the host")
+    if target.backend == "triton" and "leading" in match:
+        pytest.skip("Triton's kernels take any number of leading dimensions")
     with pytest.raises(RuntimeError, match=f"token_confidence: {match}"):
-        torch.ops.lopa.token_confidence(**moved({"logits": X, **options}, target.device))
+        operator(target, "token_confidence")(**moved({"logits": X, **options}, target.device))
 
 
 @pytest.mark.parametrize(

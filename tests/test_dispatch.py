@@ -107,6 +107,8 @@ class TestNamed:
             lk.token_confidence(LOGITS, backend=backend)
 
     def test_a_missing_backend_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        table: dict[str, dict[str, Any]] = {name: {} for name in _dispatch.BACKENDS}
+        monkeypatch.setattr(_dispatch, "_implementations", table)
         monkeypatch.setattr(_dispatch, "_why_no_triton", lambda: "no Triton today")
         monkeypatch.setattr(_load, "missing", {"lopa_cuda": "liblopa_cuda.so went away"})
         for backend, reason in (("cuda", "liblopa_cuda.so went away"), ("triton", "no Triton")):

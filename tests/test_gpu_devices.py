@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import operator
 from gpu import needs_memory
 from operators import copied, op_calls, public_calls, tensors_of
 from states import MASK, random_state, random_stats
@@ -17,7 +18,6 @@ import lopa_kernels as lk
 from lopa_kernels import LopaConfig, LopaState, Status
 
 CALLS = list(public_calls())
-NATIVE = [target for target in GPU_TARGETS if target.backend == "cuda"]
 TWO_TO_31 = 1 << 31
 
 
@@ -105,7 +105,7 @@ class TestBadDevices:
                 call.function(*args, **kwargs, backend=target.backend)
         same(tensors, before, name)
 
-    @over(NATIVE)
+    @over(GPU_TARGETS)
     @pytest.mark.parametrize("name", CALLS)
     def test_torch_ops(self, name: str, target: Target) -> None:
         call = op_calls()[name]
@@ -113,7 +113,7 @@ class TestBadDevices:
         leaves, spec = tree_flatten((args, kwargs))
         before = copied(leaves)
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-        op = getattr(torch.ops.lopa, call.name)
+        op = operator(target, call.name)
         for index in tensors if len(tensors) > 1 else ():
             moved = list(leaves)
             moved[index] = moved[index].cpu()
@@ -141,8 +141,9 @@ class TestSizes:
         step = lk.lopa_step(none, state, config, nowhere, **options)
         assert (step.status & Status.MISSING_ROW).any()
         empty = LopaState(*(t[:0] for t in state))
-        step = lk.lopa_step(torch.empty(0, 3, 16, 300, device="cuda"), empty, config, **options)
-        assert step.state.tokens.shape == (0, 3, 16)
+        logits = torch.empty(*empty.tokens.shape, 300, device="cuda")
+        step = lk.lopa_step(logits, empty, config, **options)
+        assert step.state.tokens.shape == empty.tokens.shape == (0, 3, 8)
         assert lk.needed_rows(empty, config, **options).count.item() == 0
         assert lk.needed_rows(state, config, 0, **options).count.item() > 0
         window = torch.zeros(2, 0, 3, 4, 2, 8, device="cuda")

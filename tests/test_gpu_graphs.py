@@ -214,14 +214,17 @@ def test_every_operator_captures_after_a_first_call(name: str, target: Target) -
 def test_no_operator_waits_for_the_device(name: str, target: Target) -> None:
     """PyTorch's own synchronisations; those of the kernels' hosts would break a capture."""
     call = public_calls()[name]
-    call.copied("cuda")(backend=target.backend)
-    here = call.copied("cuda")
+    expected = call.copied("cuda")(backend=target.backend)
+    here, number = call.copied("cuda"), torch.ones(1, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        here(backend=target.backend)
+        with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
+            number.item()  # the mode sees what waits
+        result = here(backend=target.backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    same(result, expected, name)
 
 
 @over([target for target in GPU_TARGETS if target.backend == "cuda"])

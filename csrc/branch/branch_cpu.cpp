@@ -35,7 +35,8 @@ class Cpu {
         for (int64_t c = 0; c < columns; ++c) {
           if (v.open[i * v.W + c]) scores.push_back(rankable(v.score[i * v.W + c]));
         }
-        v.confidence[i] = blend(v.creation[i], reduce_scores(scores, config), config.alpha);
+        v.confidence[i] =
+            blend(rankable(v.creation[i]), reduce_scores(scores, config), config.alpha);
       }
     });
   }

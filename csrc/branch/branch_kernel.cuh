@@ -8,7 +8,8 @@ namespace branch {
 
 constexpr int kThreads = 256;
 
-// A warp a branch.
+// A warp a branch. kKeeps is keeps_scores(config).
+template <bool kKeeps>
 __global__ void __launch_bounds__(kThreads)
     confidence_kernel(const __grid_constant__ ConfidenceView view,
                       const __grid_constant__ ReductionConfig config, const Place kept,
@@ -18,9 +19,9 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_predecessor();
   const int lane = lane_index();
   float* scores = nullptr;
-  if (keeps_scores(config)) {
-    scores =
-        Memory{shared, memory + blockIdx.x * memory_of_cta}.at<float>(kept) + warp_index() * view.W;
+  if constexpr (kKeeps) {
+    scores = Memory<false>{shared, memory + blockIdx.x * memory_of_cta}.at<float>(kept) +
+             warp_index() * view.W;
   }
   const int64_t step = static_cast<int64_t>(gridDim.x) * warp_count();
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * warp_count() + warp_index();
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
         view.length != nullptr ? smaller<int64_t>(view.length[i], view.W) : view.W);
     const float* score = view.score + i * view.W;
     const bool* open = view.open + i * view.W;
-    ScoreList list(scores);
+    ScoreList<kKeeps> list(scores);
     for (int base = lane; base - lane < columns; base += 32 * kBatch) {
       bool is_open[kBatch];
       float value[kBatch];
@@ -57,6 +58,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A CTA a sequence.
+template <bool kInShared>
 __global__ void __launch_bounds__(kThreads)
     select_kernel(const __grid_constant__ SelectView view,
                   const __grid_constant__ SelectConfig config,
@@ -67,11 +69,11 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_predecessor();
   const int64_t b = blockIdx.x;
   const int W = static_cast<int>(view.W);
-  const SelectSpace space(Memory{shared, memory + b * memory_of_cta}, places, W);
+  const SelectSpace space(Memory<kInShared>{shared, memory + b * memory_of_cta}, places, W);
   // No length outside [0, W] is read through.
   int length = view.length[b];
   if (length < 0 || length > W) length = 0;
-  const Blocks blocks(view.cache_len[b], view.prompt_len[b], length, config.block_size);
+  const Blocks blocks(view.cache_len[b], view.prompt_len[b], length, Division(config.block_size));
   const int64_t at = b * view.W;
   const Columns columns{view.tokens + at,
                         {view.stats.token + at, view.stats.prob + at, view.stats.score + at},

@@ -33,10 +33,17 @@ Plan<Place> plan_confidence(const ConfidenceView& view, const ReductionConfig& c
 void launch_confidence(const ConfidenceView& view, const ReductionConfig& config,
                        const Plan<Place>& plan, void* memory, cudaStream_t stream) {
   if (plan.ctas == 0) return;
-  allow_workspace<confidence_kernel>(plan.shared_bytes);
-  launch("branch_confidence", confidence_kernel, dim3(static_cast<unsigned>(plan.ctas)),
-         dim3(kThreads), plan.shared_bytes, stream, true, view, config, plan.places,
-         static_cast<char*>(memory), plan.global_bytes);
+  auto run = [&]<bool kKeeps>() {
+    allow_workspace<confidence_kernel<kKeeps>>(plan.shared_bytes);
+    launch("branch_confidence", confidence_kernel<kKeeps>, dim3(static_cast<unsigned>(plan.ctas)),
+           dim3(kThreads), plan.shared_bytes, stream, true, view, config, plan.places,
+           static_cast<char*>(memory), plan.global_bytes);
+  };
+  if (keeps_scores(config)) {
+    run.operator()<true>();
+  } else {
+    run.operator()<false>();
+  }
 }
 
 Plan<SelectPlaces> plan_select(const SelectView& view) {
@@ -49,10 +56,17 @@ Plan<SelectPlaces> plan_select(const SelectView& view) {
 void launch_select(const SelectView& view, const SelectConfig& config,
                    const Plan<SelectPlaces>& plan, void* memory, cudaStream_t stream) {
   if (plan.ctas == 0) return;
-  allow_workspace<select_kernel>(plan.shared_bytes);
-  launch("select_positions", select_kernel, dim3(static_cast<unsigned>(plan.ctas)), dim3(kThreads),
-         plan.shared_bytes, stream, true, view, config, plan.places, static_cast<char*>(memory),
-         plan.global_bytes);
+  auto run = [&]<bool kInShared>() {
+    allow_workspace<select_kernel<kInShared>>(plan.shared_bytes);
+    launch("select_positions", select_kernel<kInShared>, dim3(static_cast<unsigned>(plan.ctas)),
+           dim3(kThreads), plan.shared_bytes, stream, true, view, config, plan.places,
+           static_cast<char*>(memory), plan.global_bytes);
+  };
+  if (plan.global_bytes == 0) {
+    run.operator()<true>();
+  } else {
+    run.operator()<false>();
+  }
 }
 
 void launch_spawn(const SpawnView& view, cudaStream_t stream) {

@@ -23,13 +23,16 @@ __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
 __device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
 __device__ __forceinline__ int warp_count() { return blockDim.x / 32; }
 
-// The memory of a workspace, as a CTA sees it.
+// The memory of a workspace, as a CTA sees it. With kInShared there is none but shared memory,
+// which the compiler then addresses as such.
+template <bool kInShared>
 struct Memory {
   char* shared;
   char* global;
 
   template <typename T>
   __device__ __forceinline__ T* at(const Place& place) const {
+    if constexpr (kInShared) return reinterpret_cast<T*>(shared + static_cast<int>(place.offset));
     return reinterpret_cast<T*>((place.shared ? shared : global) + place.offset);
   }
 };
@@ -126,46 +129,53 @@ constexpr bool keeps_scores(const ReductionConfig& config) {
   return config.reduction == Reduction::kBottom || config.reduction == Reduction::kGroup;
 }
 
-// Scores of the open columns of one branch, met by a warp in window order.
+// Scores of the open columns of one branch, met by a warp in window order. With kKeeps it keeps
+// them all, which costs the others nothing.
+template <bool kKeeps>
 class ScoreList {
  public:
-  // `kept`: memory for a float a column, or null unless keeps_scores(config).
+  // `kept`: with kKeeps, memory for a float a column.
   __device__ explicit ScoreList(float* kept) : kept_(kept) {}
 
   // The next 32 columns, one a lane.
   __device__ __forceinline__ void add(bool open, float score) {
-    const unsigned lanes = __ballot_sync(kWholeWarp, open);
     score = open ? rankable(score) : kInf;
     total_ += open ? static_cast<double>(score) : 0.0;
     lowest_ = fminf(lowest_, score);
-    if (kept_ != nullptr && open) {
-      kept_[count_ + __popc(lanes & ((1u << lane_index()) - 1u))] = score;
+    if constexpr (kKeeps) {
+      const unsigned lanes = __ballot_sync(kWholeWarp, open);
+      if (open) kept_[count_ + __popc(lanes & ((1u << lane_index()) - 1u))] = score;
+      count_ += __popc(lanes);
+    } else {
+      count_ += open;
     }
-    count_ += __popc(lanes);
   }
 
   // F; every lane gets it.
   __device__ __forceinline__ double reduce(const ReductionConfig& config) const {
-    if (count_ == 0) return 1.0;
+    const int count = kKeeps ? count_ : __reduce_add_sync(kWholeWarp, count_);
+    if (count == 0) return 1.0;
     const uint32_t lowest_key = __reduce_min_sync(kWholeWarp, rank_key(lowest_));
     const float lowest = from_rank_key(lowest_key);
     // A -inf lies in some group and in every bottom share, and would turn sums into NaN.
     if (lowest == -kInf || config.reduction == Reduction::kMin) return static_cast<double>(lowest);
-    if (config.reduction == Reduction::kBottom) {
-      const double share = floor(__dmul_rn(static_cast<double>(count_), config.fraction));
-      const int m = max(static_cast<int>(share), 1);
-      if (m < count_) return lowest_mean(kept_, count_, m, lowest_key);
-    } else if (config.reduction == Reduction::kGroup && count_ >= config.group) {
-      return lowest_group(kept_, count_, static_cast<int>(config.group));
+    if constexpr (kKeeps) {
+      if (config.reduction == Reduction::kBottom) {
+        const double share = floor(__dmul_rn(static_cast<double>(count), config.fraction));
+        const int m = max(static_cast<int>(share), 1);
+        if (m < count) return lowest_mean(kept_, count, m, lowest_key);
+      } else if (config.reduction == Reduction::kGroup && count >= config.group) {
+        return lowest_group(kept_, count, static_cast<int>(config.group));
+      }
     }
-    return warp_sum(total_) / static_cast<double>(count_);
+    return warp_sum(total_) / static_cast<double>(count);
   }
 
  private:
   float* kept_;
   double total_ = 0.0;
   float lowest_ = kInf;
-  int count_ = 0;
+  int count_ = 0;  // with kKeeps of the warp, or else of the lane
 };
 
 // C = alpha * creation + (1 - alpha) * F; a term of weight 0 is left out, infinite or not. Products

@@ -36,32 +36,56 @@ struct Columns {
   }
 };
 
-// Where a window's blocks lie: columns [first, length) belong to generated blocks, and `first` is
-// `phase` positions into its block.
+// Divisions by one number, at least 1, of which only the first takes long.
+struct Division {
+  uint32_t by, inverse;
+
+  __device__ __forceinline__ explicit Division(int64_t divisor)
+      : by(static_cast<uint32_t>(smaller<int64_t>(divisor, UINT_MAX))), inverse(UINT_MAX / by) {}
+
+  __device__ __forceinline__ uint32_t operator()(uint32_t x) const {
+    // The rounding of `inverse` takes less than one from the quotient.
+    const uint32_t quotient = __umulhi(x, inverse);
+    return quotient + (x - quotient * by >= by);
+  }
+};
+
+// Where a window's blocks lie: columns [first, length) belong to generated blocks, and the first of
+// these, which may have begun before the window, ends before column `first_end`.
 struct Blocks {
-  int first, length;
-  uint32_t size, phase;
+  int first, length, first_end;
+  Division size;
 
   // cache_len and prompt_len may be any numbers.
-  __device__ Blocks(int32_t cache_len, int32_t prompt_len, int window_length, int64_t block_size)
-      : length(window_length) {
-    const int64_t offset = static_cast<int64_t>(cache_len) - prompt_len;
-    first = static_cast<int>(smaller<int64_t>(offset < 0 ? -offset : 0, window_length));
-    size = static_cast<uint32_t>(smaller<int64_t>(block_size, UINT_MAX));
-    phase = static_cast<uint32_t>(offset < 0 ? 0 : offset) % size;
+  __device__ __forceinline__ Blocks(int32_t cache_len, int32_t prompt_len, int window_length,
+                                    const Division& block_size)
+      : length(window_length), size(block_size) {
+    const bool begun = cache_len >= prompt_len;
+    const uint32_t cache = static_cast<uint32_t>(cache_len);
+    const uint32_t prompt = static_cast<uint32_t>(prompt_len);
+    const uint32_t distance = begun ? cache - prompt : prompt - cache;
+    const uint32_t columns = static_cast<uint32_t>(window_length);
+    const uint32_t start = begun ? 0 : smaller(distance, columns);
+    const uint32_t phase = begun ? distance - size(distance) * size.by : 0;
+    first = static_cast<int>(start);
+    first_end = static_cast<int>(start + smaller(size.by - phase, columns - start));
   }
 
-  __device__ int count() const {
+  __device__ __forceinline__ int count() const {
     if (first >= length) return 0;
-    const int64_t rest = static_cast<int64_t>(length) - end(0);
-    return rest <= 0 ? 1 : static_cast<int>(static_cast<uint32_t>(rest - 1) / size) + 2;
+    const int rest = length - first_end;
+    return rest <= 0 ? 1 : static_cast<int>(size(static_cast<uint32_t>(rest - 1))) + 2;
   }
 
-  __device__ int begin(int block) const { return block == 0 ? first : end(block - 1); }
+  __device__ __forceinline__ int begin(int block) const {
+    return block == 0 ? first : end(block - 1);
+  }
 
-  __device__ int end(int block) const {
-    const int64_t at = static_cast<int64_t>(first) - phase + (block + int64_t{1}) * size;
-    return static_cast<int>(smaller<int64_t>(at, length));
+  // Of a block that there is, so that no product is beyond 2^31.
+  __device__ __forceinline__ int end(int block) const {
+    const uint32_t step = smaller<uint32_t>(size.by, kMostColumns);
+    const uint32_t at = static_cast<uint32_t>(first_end) + static_cast<uint32_t>(block) * step;
+    return static_cast<int>(smaller(at, static_cast<uint32_t>(length)));
   }
 };
 
@@ -72,11 +96,13 @@ struct SelectSpace {
   int32_t* lookahead;
   uint32_t* heads;
 
-  __device__ SelectSpace(const Memory& memory, const SelectPlaces& places, int window)
-      : open(memory.at<uint32_t>(places.masks)),
-        keys(memory.at<uint32_t>(places.keys)),
-        lookahead(memory.at<int32_t>(places.lookahead)),
-        heads(memory.at<uint32_t>(places.heads)) {
+  template <bool kInShared>
+  __device__ __forceinline__ SelectSpace(const Memory<kInShared>& memory,
+                                         const SelectPlaces& places, int window)
+      : open(memory.template at<uint32_t>(places.masks)),
+        keys(memory.template at<uint32_t>(places.keys)),
+        lookahead(memory.template at<int32_t>(places.lookahead)),
+        heads(memory.template at<uint32_t>(places.heads)) {
     const int words = (window + 31) / 32;
     eligible = open + words;
     accepted = eligible + words;
@@ -195,13 +221,19 @@ __device__ inline void fill_fallbacks(const Blocks& blocks, const SelectConfig& 
   const int count = blocks.count();
 #pragma unroll 1
   for (int block = warp_index(); block < count; block += warp_count()) {
+    // What precedes the window's first block, and what the cache holds of it, is complete.
     const int begin = blocks.begin(block), end = blocks.end(block);
-    if (count_bits(space.accepted, begin, end) > 0) continue;
-    if (block > 0) {
-      // What precedes the window's first block, and what the cache holds of it, is complete.
-      const int masks = count_bits(space.open, blocks.begin(block - 1), begin);
-      if (static_cast<int64_t>(blocks.size) - masks < config.act_count) continue;
+    const int before = block > 0 ? blocks.begin(block - 1) : begin;
+    uint32_t accepted = 0;
+    int masks = 0;
+#pragma unroll 1
+    for (int w = before / 32 + lane_index(); 32 * w < end; w += 32) {
+      accepted |= space.accepted[w] & range_bits(w, begin, end);
+      masks += __popc(space.open[w] & range_bits(w, before, begin));
     }
+    masks = __reduce_add_sync(kWholeWarp, masks);
+    if (__any_sync(kWholeWarp, accepted != 0)) continue;
+    if (block > 0 && static_cast<int64_t>(blocks.size.by) - masks < config.act_count) continue;
     force(best_column(space.keys, begin, end));
   }
 }
@@ -230,46 +262,53 @@ __device__ inline Selected summarize(const Blocks& blocks, int tail, const Selec
   return selected;
 }
 
-// The rank of a column is the number of those that go before it. For windows of a few hundred
-// columns: a team of lanes counts for one column.
-__device__ inline void rank_by_counting(const Blocks& blocks, int lookahead,
+// The rank of a column of [first, length) is the number of those that go before it. For a few
+// hundred columns: a team of lanes counts for one column.
+__device__ inline void rank_by_counting(unsigned first, unsigned length, int lookahead,
                                         const SelectSpace& space) {
-  const int columns = blocks.length - blocks.first, lane = lane_index();
-  int team_bits = 0;
-  while (team_bits < 3 && columns << (team_bits + 1) <= static_cast<int>(blockDim.x)) ++team_bits;
-  const int team = 1 << team_bits;
+  const unsigned columns = length - first;
+  const unsigned lane = lane_index();
+  unsigned team_bits = 0;
+  while (team_bits < 3 && columns << (team_bits + 1) <= blockDim.x) ++team_bits;
+  const unsigned team = 1u << team_bits;
   const uint4* quads = reinterpret_cast<const uint4*>(space.keys);
 #pragma unroll 1
-  for (int base = 32 * warp_index(); base < columns << team_bits; base += blockDim.x) {
-    const int member = (base + lane) % team;
-    const int column = blocks.first + ((base + lane) >> team_bits);
-    const uint32_t key = column < blocks.length ? space.keys[column] : 0;
+  for (unsigned base = 32 * warp_index(); base < columns << team_bits; base += blockDim.x) {
+    const unsigned member = (base + lane) & (team - 1);
+    const unsigned column = first + ((base + lane) >> team_bits);
+    const uint32_t key = column < length ? space.keys[column] : 0;
     if (!__any_sync(kWholeWarp, key != 0)) continue;
     int rank = 0;
-    const int own = column / 4;
-    for (int q = blocks.first / 4 + member; 4 * q < blocks.length; q += team) {
+    const unsigned own = column / 4;
+#pragma unroll 4
+    for (unsigned q = first / 4 + member; 4 * q < length; q += team) {
       const uint4 quad = quads[q];
       // Equal keys of lower columns go before this one.
       const uint32_t above = q < own ? key - 1 : key;
       rank += (quad.x > above) + (quad.y > above) + (quad.z > above) + (quad.w > above);
     }
-    if (member == 0) {
-      for (int c = 4 * own; c < column; ++c) rank += space.keys[c] == key;
+    if (member == 0 && key != 0) {
+      const uint4 quad = quads[own];
+      const unsigned before = column % 4;
+      rank += (before > 0 && quad.x == key) + (before > 1 && quad.y == key) +
+              (before > 2 && quad.z == key);
     }
 #pragma unroll 1
-    for (int step = 1; step < team; step *= 2) rank += __shfl_xor_sync(kWholeWarp, rank, step);
-    if (member == 0 && key != 0 && rank < lookahead) space.lookahead[rank] = column;
+    for (unsigned step = 1; step < team; step *= 2) rank += __shfl_xor_sync(kWholeWarp, rank, step);
+    if (member == 0 && key != 0 && rank < lookahead)
+      space.lookahead[rank] = static_cast<int>(column);
   }
 }
 
-// For long windows: the best of each of 32 runs of columns, and the best of those again and again.
-__device__ inline void rank_by_runs(const Blocks& blocks, int lookahead, const SelectSpace& space) {
-  const int origin = blocks.first / 32 * 32, lane = lane_index();
-  const int run_columns = (blocks.length - origin + 1023) / 1024 * 32;
+// For more columns: the best of each of 32 runs of columns, and the best of those again and again.
+__device__ inline void rank_by_runs(int first, int length, int lookahead,
+                                    const SelectSpace& space) {
+  const int origin = first / 32 * 32, lane = lane_index();
+  const int run_columns = (length - origin + 1023) / 1024 * 32;
   auto best_of_run = [&](int run) {
     const int64_t begin = origin + static_cast<int64_t>(run) * run_columns;
-    return best_column(space.keys, static_cast<int>(smaller<int64_t>(begin, blocks.length)),
-                       static_cast<int>(smaller<int64_t>(begin + run_columns, blocks.length)));
+    return best_column(space.keys, static_cast<int>(smaller<int64_t>(begin, length)),
+                       static_cast<int>(smaller<int64_t>(begin + run_columns, length)));
   };
 #pragma unroll 1
   for (int run = warp_index(); run < 32; run += warp_count()) {
@@ -311,12 +350,14 @@ __device__ inline Selected select_columns(const Columns& columns, const Blocks& 
   __syncthreads();
   const Selected selected = summarize(blocks, tail, space);
   if (lookahead > 0 && selected.rest > 0) {
-    // Counting costs about n^2 / 57 cycles, a rank by runs about 170.
-    const int64_t n = blocks.length - blocks.first;
+    // Columns before the first that is open have no rank. Counting costs about n^2 / 57 cycles, a
+    // rank by runs about 170.
+    const int first = selected.first_open, length = blocks.length;
+    const int64_t n = length - first;
     if (n * n <= int64_t{8192} * lookahead) {
-      rank_by_counting(blocks, lookahead, space);
+      rank_by_counting(first, length, lookahead, space);
     } else {
-      rank_by_runs(blocks, lookahead, space);
+      rank_by_runs(first, length, lookahead, space);
     }
   }
   __syncthreads();

@@ -178,3 +178,9 @@ STABLE_TORCH_LIBRARY_IMPL(lopa, CPU, m) {
   m.impl("token_confidence_out", TORCH_BOX(&lopa::token_confidence_out));
   m.impl("softmax_stats", TORCH_BOX(&lopa::softmax_stats));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(lopa_eager, CPU, m) {
+  m.impl("token_confidence", TORCH_BOX(&lopa::token_confidence));
+  m.impl("token_confidence_out", TORCH_BOX(&lopa::token_confidence_out));
+  m.impl("softmax_stats", TORCH_BOX(&lopa::softmax_stats));
+}

@@ -37,6 +37,10 @@ VocabularyArgs make_vocabulary_args(const char* op, const LogitsView& logits,
     fail(op, "logits", "at most " + std::to_string(confidence::kMostVocab) + " tokens",
          logits.vocab);
   }
+  if (args.tiles > 0 && capacity > confidence::kMostItems / args.tiles) {
+    fail(op, "rows", "at most " + std::to_string(confidence::kMostItems / args.tiles), capacity);
+  }
+  args.by_tiles = make_divisor(static_cast<uint32_t>(args.tiles));
   if (args.filtered && args.tiles > confidence::kMostFilterTiles) {
     fail(op, "top_k, top_p",
          "none above " + std::to_string(confidence::kMostFilterTiles * confidence::kTile) +
@@ -164,6 +168,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_stats(LOPA_CONFIDENCE
 }  // namespace lopa
 
 STABLE_TORCH_LIBRARY_IMPL(lopa, CUDA, m) {
+  m.impl("token_confidence", TORCH_BOX(&lopa::token_confidence));
+  m.impl("token_confidence_out", TORCH_BOX(&lopa::token_confidence_out));
+  m.impl("softmax_stats", TORCH_BOX(&lopa::softmax_stats));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lopa_eager, CUDA, m) {
   m.impl("token_confidence", TORCH_BOX(&lopa::token_confidence));
   m.impl("token_confidence_out", TORCH_BOX(&lopa::token_confidence_out));
   m.impl("softmax_stats", TORCH_BOX(&lopa::softmax_stats));

@@ -9,12 +9,16 @@ namespace lopa {
 namespace confidence {
 namespace {
 
+// Registers for a place beside the pass. A filter has no room there for its shared memory.
 template <typename Merge>
-__global__ void __launch_bounds__(kMergeThreads)
+constexpr int kMergeCtas =
+    Merge::kThreads > kMergeThreads ? 1 : 65536 / kMergeRegisters / kMergeThreads;
+
+template <typename Merge>
+__global__ void __launch_bounds__(Merge::kThreads, kMergeCtas<Merge>)
     merge_kernel(const __grid_constant__ VocabularyArgs args, const StatsOutput out) {
   extern __shared__ __align__(128) unsigned char shared[];
   release_successor();
-  wait_for_predecessor();
   Merge::merge_rows(args, out, 0, list_length(args), blockIdx.x, gridDim.x,
                     reinterpret_cast<char*>(shared));
 }
@@ -31,19 +35,21 @@ size_t shared_memory_limit() {
   return static_cast<size_t>(limit);
 }
 
-// Three tiles a warp on chips that have the memory, as many as fit on others (cp.async counts at
-// most three), and fewer warps where not even two fit.
+// A tile a warp, and as many on their way; two where the list is so short that nothing else is in
+// flight. Fewer where memory ends.
 template <typename T, bool kSecond, bool kWeighted>
 void launch_pass(const VocabularyArgs& args, cudaStream_t stream) {
-  const size_t limit = shared_memory_limit();
-  int warps = kPassThreads<T> / 32;
-  while (warps > 1 && warps * 2 * kStageBytes<T> > limit) warps /= 2;
-  const int stages = static_cast<int>(std::min<size_t>(3, limit / (warps * kStageBytes<T>)));
-  const size_t shared = warps * stages * kStageBytes<T>;
-  constexpr auto kernel = vocabulary_pass_kernel<T, kSecond, kWeighted>;
-  allow_shared_memory<kernel>(shared);
+  const auto shared_bytes = [](int stages) { return stages * kStageBytes<T> + sizeof(uint32_t); };
   const int64_t items = args.capacity * args.tiles;
   const int64_t ctas = std::min<int64_t>(multiprocessors(), std::max<int64_t>(1, items));
+  int warps = kPassThreads<T> / 32;
+  int stages = items <= 2 * warps * ctas ? 2 * warps : warps;
+  while (stages > 1 && shared_bytes(stages) > shared_memory_limit()) stages /= 2;
+  warps = std::min(warps, stages);
+  const size_t shared = shared_bytes(stages);
+  constexpr auto kernel = vocabulary_pass_kernel<T, kSecond, kWeighted>;
+  allow_shared_memory<kernel>(
+      std::min(shared_bytes(2 * kPassThreads<T> / 32), shared_memory_limit()));
   launch("vocabulary_pass", kernel, dim3(static_cast<unsigned>(ctas)), dim3(warps * 32), shared,
          stream, true, args, stages);
 }
@@ -81,13 +87,13 @@ void launch_merge(const VocabularyArgs& args, const StatsOutput& out, cudaStream
   with_merge(args, [&]<typename Merge>() {
     constexpr auto kernel = merge_kernel<Merge>;
     if (Merge::kSharedBytes > 48 * 1024) allow_shared_memory<kernel>(Merge::kSharedBytes);
-    constexpr int64_t kRowsPerCta = Merge::kSharedBytes == 0 ? kMergeThreads / 32 : 1;
+    constexpr int64_t kRowsPerCta = Merge::kSharedBytes == 0 ? Merge::kThreads / 32 : 1;
     // A few waves of CTAs, which stride over the rows that are left.
     const int64_t wanted = (args.capacity + kRowsPerCta - 1) / kRowsPerCta;
     const int64_t most = int64_t{8} * multiprocessors();
     const int64_t ctas = std::clamp<int64_t>(wanted, 1, most);
-    launch("merge", kernel, dim3(static_cast<unsigned>(ctas)), dim3(kMergeThreads),
-           Merge::kSharedBytes, stream, true, args, out);
+    launch("merge", kernel, dim3(static_cast<unsigned>(ctas)), dim3(Merge::kThreads),
+           Merge::kSharedBytes, stream, args.logits.rows > 0, args, out);
   });
 }
 

@@ -53,6 +53,8 @@ struct Cut {
 
 template <typename T>
 struct FilteredMerge {
+  static constexpr int kThreads = kFilterThreads;
+
   struct Shared {
     union {
       unsigned long long candidates[kFilterCandidates];  // key, then the complement of the index
@@ -62,8 +64,8 @@ struct FilteredMerge {
       unsigned long long mass[kFilterBins];  // of bins, then of tiles
       float maxima[kMostRankedTiles];
     };
-    unsigned long long scan_mass[kMergeThreads / 32];
-    uint32_t scan_count[kMergeThreads / 32];
+    unsigned long long scan_mass[kThreads / 32];
+    uint32_t scan_count[kThreads / 32];
     unsigned long long weighted;  // a signed sum
     RowTotal row;
     float floor;
@@ -76,7 +78,7 @@ struct FilteredMerge {
     int32_t kept_here;
     int64_t index_limit;
     int64_t tile;
-    Candidate drawn[kMergeThreads / 32];
+    Candidate drawn[kThreads / 32];
   };
   static constexpr size_t kSharedBytes = sizeof(Shared);
 
@@ -101,7 +103,7 @@ struct FilteredMerge {
     __device__ void each_token(float least, const Function& function) const {
       constexpr int kElements = Vector<T>::kElements;
       const int lane = threadIdx.x % 32;
-      for (int64_t tile = threadIdx.x / 32; tile < args.tiles; tile += kMergeThreads / 32) {
+      for (int64_t tile = threadIdx.x / 32; tile < args.tiles; tile += kThreads / 32) {
         if (partials[tile].max < least) continue;
         const int64_t first = tile * kTile;
         const int n = static_cast<int>(smaller<int64_t>(kTile, args.logits.vocab - first));
@@ -158,13 +160,13 @@ struct FilteredMerge {
       shared.floor = floor;
     }
     if (ranked) {
-      for (int64_t t = threadIdx.x; t < args.tiles; t += kMergeThreads) {
+      for (int64_t t = threadIdx.x; t < args.tiles; t += kThreads) {
         shared.maxima[t] = c.partials[t].max;
       }
     }
     __syncthreads();
     if (ranked) {
-      for (int64_t t = threadIdx.x; t < args.tiles; t += kMergeThreads) {
+      for (int64_t t = threadIdx.x; t < args.tiles; t += kThreads) {
         const float own = shared.maxima[t];
         const int tiles = static_cast<int>(args.tiles);
         int before = 0;
@@ -248,7 +250,7 @@ struct FilteredMerge {
       if (!single) return shared.mass[bin];
       return count * mass_units(c.weight(filter_value(only_key(bin))));
     };
-    for (int bin = threadIdx.x; bin < kFilterBins; bin += kMergeThreads) {
+    for (int bin = threadIdx.x; bin < kFilterBins; bin += kThreads) {
       shared.count[bin] = 0;
       shared.mass[bin] = 0;
     }
@@ -269,7 +271,7 @@ struct FilteredMerge {
                  }));
     __syncthreads();
     // Thread 0 has the highest bins.
-    constexpr int kEach = kFilterBins / kMergeThreads;
+    constexpr int kEach = kFilterBins / kThreads;
     const int top = kFilterBins - 1 - static_cast<int>(threadIdx.x) * kEach;
     uint32_t count = 0;
     uint64_t mass = 0;
@@ -315,11 +317,11 @@ struct FilteredMerge {
   __device__ static void sort(Shared& shared, uint32_t count) {
     uint32_t padded = 2;
     while (padded < count) padded *= 2;
-    for (uint32_t i = count + threadIdx.x; i < padded; i += kMergeThreads) shared.candidates[i] = 0;
+    for (uint32_t i = count + threadIdx.x; i < padded; i += kThreads) shared.candidates[i] = 0;
     for (uint32_t size = 2; size <= padded; size *= 2) {
       for (uint32_t stride = size / 2; stride > 0; stride /= 2) {
         __syncthreads();
-        for (uint32_t i = threadIdx.x; i < padded / 2; i += kMergeThreads) {
+        for (uint32_t i = threadIdx.x; i < padded / 2; i += kThreads) {
           const uint32_t a = 2 * i - (i & (stride - 1)), b = a + stride;
           const unsigned long long x = shared.candidates[a], y = shared.candidates[b];
           if ((x < y) == ((a & size) == 0)) {
@@ -343,7 +345,7 @@ struct FilteredMerge {
   __device__ static int32_t cut_sorted(const Context& c, uint32_t count, int64_t before,
                                        uint64_t mass_before) {
     Shared& shared = c.shared;
-    const uint32_t each = (count + kMergeThreads - 1) / kMergeThreads;
+    const uint32_t each = (count + kThreads - 1) / kThreads;
     const uint32_t first = min(count, threadIdx.x * each), last = min(count, first + each);
     uint64_t mass = 0;
     for (uint32_t i = first; i < last; ++i) {
@@ -455,7 +457,8 @@ struct FilteredMerge {
       __syncthreads();
       return;
     }
-    const double limit = args.top_p < 1.0 ? args.top_p * row.sum * kMassUnits : 0x1p63;
+    const double limit =
+        args.top_p < 1.0 ? args.top_p * static_cast<double>(row.sum) * kMassUnits : 0x1p63;
     const Context c{args,      shared,
                     entry.row, args.partials + first_partial,
                     row.max,   static_cast<uint64_t>(limit)};
@@ -498,11 +501,11 @@ struct FilteredMerge {
     }
     const bool in_candidates = before == 0 && count <= kFilterCandidates;
 
-    for (int64_t t = threadIdx.x; t < args.tiles; t += kMergeThreads) shared.mass[t] = 0;
+    for (int64_t t = threadIdx.x; t < args.tiles; t += kThreads) shared.mass[t] = 0;
     if (threadIdx.x == 0) shared.weighted = 0;
     __syncthreads();
     if (in_candidates) {
-      for (int64_t i = threadIdx.x; i < kept; i += kMergeThreads) {
+      for (int64_t i = threadIdx.x; i < kept; i += kThreads) {
         const float value = filter_value(candidate_key(shared.candidates[i]));
         if (!(value > -kInf)) continue;
         const float t = c.exponent(value);
@@ -529,7 +532,9 @@ struct FilteredMerge {
           best.offer(logf(static_cast<float>(units)) + gumbel(tile_word(philox, t)), t, 0.0f);
         }
       }
-      sum = warp_sum(sum) / kMassUnits;
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, step);
+      sum /= kMassUnits;
       best.reduce_warp();
       if (threadIdx.x == 0) shared.tile = args.tiles > 1 ? best.index : 0;
     }
@@ -539,15 +544,16 @@ struct FilteredMerge {
       const auto keeps = [&](float value, int64_t index) {
         return cut.keeps(filter_key(value), index);
       };
-      token = draw_token<T>(args, entry.row, shared.tile, row.max, philox, keeps, shared.drawn);
+      token = draw_token<T, kThreads>(args, entry.row, shared.tile, row.max, philox, keeps,
+                                      shared.drawn);
     } else {
       token.index = row.argmax;
       token.value = row.max;
     }
     if (threadIdx.x == 0) {
       const double weighted = static_cast<double>(static_cast<long long>(shared.weighted));
-      write_row(args, out, entry.slot, row, false, token.index, token.value, sum,
-                weighted / kMassUnits, kept);
+      write_row(args, out, entry.slot, row, false, token.index, token.value,
+                static_cast<float>(sum), static_cast<float>(weighted / kMassUnits), kept);
     }
     __syncthreads();
   }
@@ -556,6 +562,7 @@ struct FilteredMerge {
                                     int64_t begin, int64_t end, unsigned part, unsigned parts,
                                     char* memory) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
+    wait_for_predecessor();
     for (int64_t position = begin + part; position < end; position += parts) {
       merge_row_filtered(args, out, position, shared);
     }

@@ -8,7 +8,7 @@
 #include <cfloat>
 #include <cstdint>
 
-#include "confidence/confidence_kernel.cuh"
+#include "confidence/pass_kernel.cuh"
 
 namespace lopa {
 namespace confidence {
@@ -21,25 +21,21 @@ struct RowTotal {
   float max = -kInf;
   float second = -kInf;
   int64_t argmax = 0;
-  double sum = 0;
-  double weighted = 0;
+  float sum = 0;
+  float weighted = 0;
   bool nan = false;
   bool empty = true;
 };
 
-// By how many powers of two a tile's weights stand below the row's.
-__device__ __forceinline__ double tile_shift(const Partial& tile, float row_max, float scale) {
-  const double exact = static_cast<double>(tile.max) * scale;
-  const double base =
-      tile.index_and_flags & kPartialCareful ? exact : static_cast<double>(tile.max * scale);
-  return base - static_cast<double>(row_max) * scale;
+// By how many powers of two a tile's weights stand below the row's. The base of an ordinary tile is
+// rounded, and by how much an fma says exactly.
+__device__ __forceinline__ float tile_shift(const Partial& tile, float row_max, float scale) {
+  const float shift = (tile.max - row_max) * scale;
+  if (tile.index_and_flags & kPartialCareful) return shift;
+  return shift - fmaf(tile.max, scale, -(tile.max * scale));
 }
 
-__device__ __forceinline__ double exp2_of(double t) {
-  return static_cast<double>(exp2_fast(static_cast<float>(fmax(t, -1000.0))));
-}
-
-__device__ __forceinline__ double warp_sum(double x) {
+__device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kWholeWarp, x, step);
   return x;
@@ -81,7 +77,8 @@ class LanePartials {
   Partial cached_[kCached];
 };
 
-using Partials = LanePartials<4>;
+constexpr int kCachedPartials = 4;  // of a lane: 262144 tokens
+using Partials = LanePartials<kCachedPartials>;
 
 // By one warp; every lane gets the result.
 __device__ inline RowTotal merge_row(const VocabularyArgs& args, int64_t first_partial,
@@ -98,18 +95,21 @@ __device__ inline RowTotal merge_row(const VocabularyArgs& args, int64_t first_p
   row.empty = !__any_sync(kWholeWarp, (flags & kPartialFinite) != 0);
   if (row.empty) return row;
   uint32_t first = kPartialIndex;
-  double sum = 0, weighted = 0;
+  float sum = 0, weighted = 0;
   partials.each([&](int64_t, const Partial& tile) {
     if (tile.max == -kInf) return;
     if (tile.max == row.max) first = min(first, tile.index_and_flags & kPartialIndex);
-    const double shift = tile_shift(tile, row.max, args.scale);
-    const double factor = exp2_of(shift);
-    sum += factor * tile.sum;
-    if (factor > 0) weighted += factor * (tile.weighted + shift * tile.sum);
+    const float shift = tile_shift(tile, row.max, args.scale);
+    const float factor = exp2_fast(shift);
+    sum = fmaf(factor, tile.sum, sum);
+    if (factor > 0) weighted = fmaf(factor, fmaf(shift, tile.sum, tile.weighted), weighted);
   });
   row.argmax = __reduce_min_sync(kWholeWarp, first);
-  row.sum = warp_sum(sum);
-  row.weighted = warp_sum(weighted);
+  const int lane = threadIdx.x % 32;
+  const float pair = warp_sum_pair(sum, weighted, lane);
+  const float other = __shfl_xor_sync(kWholeWarp, pair, 16);
+  row.sum = lane & 16 ? other : pair;
+  row.weighted = lane & 16 ? pair : other;
   if (args.second != nullptr) {
     const float* second = args.second + first_partial;
     float next = -kInf;
@@ -132,25 +132,26 @@ __device__ inline RowTotal merge_row(const VocabularyArgs& args, int64_t first_p
 // filters leave; `value` is the logit of the token.
 __device__ inline void write_row(const VocabularyArgs& args, const StatsOutput& out, int64_t slot,
                                  const RowTotal& row, bool missing, int64_t token, float value,
-                                 double sum, double weighted, int64_t kept) {
+                                 float sum, float weighted, int64_t kept) {
   float prob = 0, margin = 0, neg_entropy = -kInf, lse = -kInf, score = -kInf;
   uint8_t flags =
       (row.nan ? kRowNan : 0) | (row.empty ? kRowEmpty : 0) | (missing ? kRowMissing : 0);
   if (row.empty) {
     token = 0;
   } else {
-    // Single precision from here on: what these numbers are rounded to anyway, and each function
-    // in double would cost as much as the rest of the merge.
-    const float inverse_sum = 1.0f / static_cast<float>(sum);
-    const float distance =
-        static_cast<float>((static_cast<double>(value) - row.max) * args.inverse_temperature);
-    prob = distance == 0 ? inverse_sum : expf(distance) * inverse_sum;
+    const float inverse_sum = 1.0f / sum;
+    prob = inverse_sum;
+    if (value != row.max) {
+      // The rounding of a distance is that of a probability, relatively: double, but for expf.
+      const double distance = (static_cast<double>(value) - row.max) * args.inverse_temperature;
+      prob *= expf(static_cast<float>(distance));
+    }
     if (args.wants_second()) {
       const double gap = (static_cast<double>(row.second) - row.max) * args.inverse_temperature;
       margin = kept > 1 ? -expm1f(static_cast<float>(gap)) * inverse_sum : inverse_sum;
     }
-    const float log_sum = log1pf(static_cast<float>(sum - 1.0));
-    neg_entropy = fminf(0.0f, static_cast<float>(kLn2 * weighted) * inverse_sum - log_sum);
+    const float log_sum = log1pf(sum - 1.0f);
+    neg_entropy = fminf(0.0f, static_cast<float>(kLn2) * weighted * inverse_sum - log_sum);
     if (args.all_stats) {
       // It saturates, so that -inf stays the mark of an empty row.
       const double exact = row.max * args.inverse_temperature + log_sum;
@@ -251,48 +252,86 @@ __device__ __forceinline__ uint32_t tile_word(const Philox& philox, int64_t tile
   return word_of(philox.words(0x80000000u | static_cast<uint32_t>(tile >> 2)), tile & 3);
 }
 
+constexpr int32_t kNoTile = 0x7fffffff;
+
 struct Candidate {
   float score = -kInf;
-  int64_t index = -1;
+  int32_t index = -1;
   float value = 0;
 
+  // In ascending order of index.
   __device__ void offer(float other_score, int64_t other_index, float other_value) {
-    if (other_index >= 0 &&
-        (index < 0 || other_score > score || (other_score == score && other_index < index))) {
+    if (index < 0 || other_score > score) {
       score = other_score;
-      index = other_index;
+      index = static_cast<int32_t>(other_index);
       value = other_value;
     }
   }
 
+  // The highest score of the warp, and of those the lowest index; every lane gets it.
   __device__ void reduce_warp() {
+    const float highest = warp_max(score);
+    const bool eligible = index >= 0 && score == highest;
+    const uint32_t lowest =
+        __reduce_min_sync(kWholeWarp, eligible ? static_cast<uint32_t>(index) : 0xffffffffu);
+    const unsigned owner = __ballot_sync(kWholeWarp, static_cast<uint32_t>(index) == lowest);
+    score = highest;
+    index = static_cast<int32_t>(lowest);
+    value = __shfl_sync(kWholeWarp, value, __ffs(owner) - 1);
+  }
+};
+
+// The Gumbel numbers of a lane's tiles, which need nothing of the pass.
+class TileGumbels {
+ public:
+  TileGumbels() = default;
+
+  __device__ TileGumbels(const Philox& philox, int64_t tiles, int lane) {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-      const float other_score = __shfl_xor_sync(kWholeWarp, score, step);
-      const int64_t other_index = __shfl_xor_sync(kWholeWarp, index, step);
-      const float other_value = __shfl_xor_sync(kWholeWarp, value, step);
-      offer(other_score, other_index, other_value);
+    for (int j = 0; j < kCachedPartials; ++j) {
+      if (lane + 32 * j < tiles) cached_[j] = gumbel(tile_word(philox, lane + 32 * j));
     }
   }
+
+  __device__ float at(const Philox& philox, int64_t tile) const {
+    float value = 0;
+    if (tile >= 32 * kCachedPartials) return gumbel(tile_word(philox, tile));
+#pragma unroll
+    for (int j = 0; j < kCachedPartials; ++j) {
+      if (tile / 32 == j) value = cached_[j];
+    }
+    return value;
+  }
+
+ private:
+  float cached_[kCachedPartials];
 };
 
 // The first stage of the draw, by one warp: a tile by the masses of all; `mass(tile, partial)` is
 // the logarithm of one tile's, -inf where nothing can be drawn.
 template <typename LogMass>
 __device__ __forceinline__ int64_t draw_tile(const Partials& partials, const Philox& philox,
-                                             const LogMass& log_mass) {
-  Candidate best;
+                                             const TileGumbels& gumbels, const LogMass& log_mass) {
+  float best = -kInf;
+  int32_t at = kNoTile;
   partials.each([&](int64_t t, const Partial& tile) {
     const float mass = log_mass(t, tile);
-    if (mass > -kInf) best.offer(mass + gumbel(tile_word(philox, t)), t, 0.0f);
+    if (!(mass > -kInf)) return;
+    const float score = mass + gumbels.at(philox, t);
+    // A lane's tiles come in ascending order.
+    if (at == kNoTile || score > best) {
+      best = score;
+      at = static_cast<int32_t>(t);
+    }
   });
-  best.reduce_warp();
-  return best.index;
+  // The lowest tile with the highest score.
+  const float highest = warp_max(best);
+  return __reduce_min_sync(kWholeWarp, best == highest ? at : kNoTile);
 }
 
 // The second stage, by the CTA: a token of the tile. `kept(value, index)` says what the filters
-// leave. Thread 0 gets the result; `shared` holds a candidate a warp.
-template <typename T, typename Kept>
+// leave. The first warp gets the result; `shared` holds a candidate a warp.
+template <typename T, int kThreads, typename Kept>
 __device__ Candidate draw_token(const VocabularyArgs& args, int64_t row, int64_t tile, float max,
                                 const Philox& philox, const Kept& kept, Candidate* shared) {
   constexpr int kElements = Vector<T>::kElements;
@@ -304,7 +343,7 @@ __device__ Candidate draw_token(const VocabularyArgs& args, int64_t row, int64_t
   // Finite, so that the distance of the maximum is 0 at any temperature.
   const float inverse_temperature = fminf(static_cast<float>(args.inverse_temperature), FLT_MAX);
   Candidate best;
-  for (int v = warp; v < kVectors<T>; v += kMergeThreads / 32) {
+  for (int v = warp; v < kVectors<T>; v += kThreads / 32) {
     const int begin = vector_begin<T>(v, lane);
     if (begin >= n) break;
     float x[kElements];
@@ -316,19 +355,17 @@ __device__ Candidate draw_token(const VocabularyArgs& args, int64_t row, int64_t
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float value = sanitized(x[four + e]);
-        if (!(value > -kInf) || !kept(value, index + e)) continue;
-        const float distance = (value - max) * inverse_temperature;
-        best.offer(distance + gumbel(word_of(words, e)), index + e, value);
+        const float score = (value - max) * inverse_temperature + gumbel(word_of(words, e));
+        if (value > -kInf && kept(value, index + e)) best.offer(score, index + e, value);
       }
     }
   }
   best.reduce_warp();
   if (lane == 0) shared[warp] = best;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kMergeThreads / 32; ++w) {
-      best.offer(shared[w].score, shared[w].index, shared[w].value);
-    }
+  if (warp == 0) {
+    best = lane < kThreads / 32 ? shared[lane] : Candidate();
+    best.reduce_warp();
   }
   return best;
 }
@@ -337,20 +374,26 @@ struct KeepAll {
   __device__ bool operator()(float, int64_t) const { return true; }
 };
 
-// Every policy's `merge_rows` is called by all threads of a CTA of kMergeThreads and works on the
-// positions begin + part, begin + part + parts, ... of the list, or in such units of warps.
+// Every policy's `merge_rows` is called by all threads of a CTA of kThreads and works on the
+// positions begin + part, begin + part + parts, ... of the list, or in such units of warps. It
+// waits for the pass itself, behind what does not need it: the list, the seed and what they give.
 struct GreedyMerge {
+  static constexpr int kThreads = kMergeThreads;
   static constexpr size_t kSharedBytes = 0;
 
   __device__ static void merge_rows(const VocabularyArgs& args, const StatsOutput& out,
                                     int64_t begin, int64_t end, unsigned part, unsigned parts,
                                     char*) {
     const int lane = threadIdx.x % 32;
-    constexpr unsigned kWarps = kMergeThreads / 32;
+    constexpr unsigned kWarps = kThreads / 32;
     const int64_t first = begin + static_cast<int64_t>(threadIdx.x / 32) * parts + part;
-    for (int64_t position = first; position < end;
-         position += static_cast<int64_t>(kWarps) * parts) {
-      const ListEntry entry = list_entry(args, position);
+    const int64_t stride = static_cast<int64_t>(kWarps) * parts;
+    ListEntry next{};
+    if (first < end) next = list_entry(args, first);
+    wait_for_predecessor();
+    for (int64_t position = first; position < end; position += stride) {
+      const ListEntry entry = next;
+      if (position + stride < end) next = list_entry(args, position + stride);
       RowTotal row;
       if (entry.row >= 0) {
         const int64_t first_partial = args.first_partial(position, entry.row);
@@ -366,10 +409,12 @@ struct GreedyMerge {
 
 template <typename T>
 struct SampledMerge {
+  static constexpr int kThreads = kMergeThreads;
+
   struct Shared {
     RowTotal row;
     int64_t tile;
-    Candidate candidates[kMergeThreads / 32];
+    Candidate candidates[kThreads / 32];
   };
   static constexpr size_t kSharedBytes = sizeof(Shared);
 
@@ -377,25 +422,37 @@ struct SampledMerge {
                                     int64_t begin, int64_t end, unsigned part, unsigned parts,
                                     char* memory) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    for (int64_t position = begin + part; position < end; position += parts) {
-      const ListEntry entry = list_entry(args, position);
+    const int64_t first = begin + part;
+    ListEntry next{};
+    Philox philox;
+    TileGumbels gumbels;
+    const auto prepare = [&](int64_t position) {
+      next = list_entry(args, position);
+      if (next.row < 0) return;
+      philox = Philox(args, next.row);
+      if (threadIdx.x < 32) gumbels = TileGumbels(philox, args.tiles, threadIdx.x);
+    };
+    if (first < end) prepare(first);
+    wait_for_predecessor();
+    for (int64_t position = first; position < end; position += parts) {
+      if (position > first) prepare(position);
+      const ListEntry entry = next;
       if (entry.row < 0) {
         if (threadIdx.x == 0) {
           write_row(args, out, entry.slot, RowTotal(), entry.missing, 0, 0, 0, 0, 0);
         }
         continue;
       }
-      const Philox philox(args, entry.row);
       if (threadIdx.x < 32) {
         const int64_t first_partial = args.first_partial(position, entry.row);
         const Partials partials(args, first_partial, threadIdx.x);
         const RowTotal row = merge_row(args, first_partial, partials);
         int64_t tile = 0;
         if (!row.empty && args.tiles > 1) {
-          tile = draw_tile(partials, philox, [&](int64_t, const Partial& p) {
+          tile = draw_tile(partials, philox, gumbels, [&](int64_t, const Partial& p) {
             if (p.max == -kInf) return -kInf;
-            const double shift = tile_shift(p, row.max, args.scale);
-            return static_cast<float>(kLn2 * shift) + log_fast(p.sum);
+            const float shift = tile_shift(p, row.max, args.scale);
+            return static_cast<float>(kLn2) * shift + log_fast(p.sum);
           });
         }
         if (threadIdx.x == 0) {
@@ -407,8 +464,8 @@ struct SampledMerge {
       const RowTotal row = shared.row;
       Candidate drawn;
       if (!row.empty) {
-        drawn = draw_token<T>(args, entry.row, shared.tile, row.max, philox, KeepAll(),
-                              shared.candidates);
+        drawn = draw_token<T, kThreads>(args, entry.row, shared.tile, row.max, philox, KeepAll(),
+                                        shared.candidates);
       }
       if (threadIdx.x == 0) {
         write_row(args, out, entry.slot, row, false, drawn.index, drawn.value, row.sum,

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "confidence/params.h"
+#include "lopa/divisor.h"
 
 namespace lopa {
 namespace confidence {
@@ -12,23 +13,29 @@ namespace confidence {
 constexpr int kTile = 2048;
 // The index of a partial shares its word with the flags.
 constexpr int64_t kMostVocab = int64_t{1} << 29;
+constexpr int64_t kMostItems = (int64_t{1} << 31) - 1;  // tiles of all listed rows
 constexpr uint32_t kPartialNan = 1u << 31;
 constexpr uint32_t kPartialFinite = 1u << 30;
 constexpr uint32_t kPartialCareful = 1u << 29;
-constexpr uint32_t kPartialIndex = kPartialCareful - 1;
+constexpr uint32_t kPartialIndex = kPartialCareful - 1;  // as an index: not the row's first maximum
 
 constexpr int kMergeThreads = 256;
+constexpr int kFilterThreads = 512;
 // A filter holds a number for each tile in shared memory.
 constexpr int64_t kMostFilterTiles = 4096;
 
 template <typename T>
 constexpr int kPassThreads = sizeof(T) == 4 ? 256 : 512;
+// So few that a CTA of the merge waits beside the pass.
+constexpr int kMergeRegisters = 64;
+template <typename T>
+constexpr int kPassRegisters = (65536 - kMergeThreads * kMergeRegisters) / kPassThreads<T> / 8 * 8;
 
 // Statistics of a tile. Its weights are 2^(x * scale - base): base is max * scale, rounded to float
 // or, in a careful tile, not at all.
 struct alignas(16) Partial {
   float max;
-  uint32_t index_and_flags;  // of the first maximum in the vocabulary
+  uint32_t index_and_flags;  // of the first maximum, in the vocabulary
   float sum;                 // of weights w
   float weighted;            // of w * log2(w)
 };
@@ -40,8 +47,9 @@ struct VocabularyArgs {
   const int32_t* count;  // length of the list, on the device; null: `capacity`
   int64_t capacity;      // of the list
   int64_t tiles;         // of a row
-  Partial* partials;     // [capacity, tiles], or [R, tiles] where that is less: `by_row`
-  float* second;         // likewise, the second largest values; null: not wanted
+  Divisor by_tiles;
+  Partial* partials;  // [capacity, tiles], or [R, tiles] where that is less: `by_row`
+  float* second;      // likewise, the second largest values; null: not wanted
   bool by_row;
   float scale;     // log2(e) / temperature
   bool all_stats;  // margin, neg_entropy and lse besides what the metric needs

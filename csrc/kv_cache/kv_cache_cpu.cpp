@@ -284,3 +284,9 @@ STABLE_TORCH_LIBRARY_IMPL(lopa, CPU, m) {
   m.impl("qkv_prewrite_direct_", TORCH_BOX(&lopa::Operators::packed_prewrite_direct));
   m.impl("kv_commit_", TORCH_BOX(&lopa::Operators::commit));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(lopa_eager, CPU, m) {
+  m.impl("kv_prewrite_", TORCH_BOX(&lopa::Operators::prewrite));
+  m.impl("qkv_prewrite_", TORCH_BOX(&lopa::Operators::packed_prewrite));
+  m.impl("kv_commit_", TORCH_BOX(&lopa::Operators::commit));
+}

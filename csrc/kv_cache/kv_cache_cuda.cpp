@@ -40,3 +40,9 @@ STABLE_TORCH_LIBRARY_IMPL(lopa, CUDA, m) {
   m.impl("qkv_prewrite_direct_", TORCH_BOX(&lopa::Operators::packed_prewrite_direct));
   m.impl("kv_commit_", TORCH_BOX(&lopa::Operators::commit));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(lopa_eager, CUDA, m) {
+  m.impl("kv_prewrite_", TORCH_BOX(&lopa::Operators::prewrite));
+  m.impl("qkv_prewrite_", TORCH_BOX(&lopa::Operators::packed_prewrite));
+  m.impl("kv_commit_", TORCH_BOX(&lopa::Operators::commit));
+}

@@ -1,7 +1,7 @@
 // The KV cache on the GPU: Commit-Winner-Cache of all layers, Pre-Write of one.
 //
-// Both walk a list of columns, each of some rows of some vectors, with a grid that shapes alone
-// fix. Lengths, winners and faults are read on the device, by every thread block for itself.
+// Each has a grid that shapes alone fix. Lengths, winners and faults are read on the device, by
+// every warp or thread block for itself.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,12 +11,21 @@
 
 #include "kv_cache/params.h"
 #include "lopa/cuda.cuh"
+#include "lopa/divisor.h"
 #include "lopa/status.h"
 
 namespace lopa {
 namespace kv_cache {
 
 constexpr int kThreads = 256;
+// A commit's vectors that a thread has in flight, and blocks of a multiprocessor: all are resident.
+constexpr int kCommitInFlight = 8;
+constexpr int kCommitBlocks = 4;
+// With the bulk-copy engine: vectors that a warp has in flight, and blocks of a multiprocessor.
+constexpr uint32_t kBulkChunk = 256;
+constexpr int kBulkBlocks = 4;
+// Reads a window as data that L2 drops first.
+constexpr bool kStreamWindows = true;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // The status word of each sequence; null where the caller gave none.
@@ -35,19 +44,6 @@ struct Place {
   uint32_t row;
   uint32_t piece;
 };
-
-// A number from 1 to 2^31 - 1 that threads divide by: with s = ceil(log2 value), `multiplier` is
-// 2^(31 + s) / value, rounded up, and `shift` 31 + s; exact for dividends below 2^31 (Granlund and
-// Montgomery, Division by Invariant Integers using Multiplication, PLDI 1994).
-struct Divisor {
-  uint32_t value;
-  uint32_t multiplier;
-  uint32_t shift;
-};
-
-__device__ __forceinline__ uint32_t divide(uint32_t x, const Divisor& by) {
-  return static_cast<uint32_t>((static_cast<uint64_t>(x) * by.multiplier) >> by.shift);
-}
 
 // How threads walk the vectors of a list of columns: thread i of n begins with vector i, and `step`
 // is n vectors.
@@ -82,126 +78,305 @@ struct CommitSide {
   int64_t cache_stride[4];   // of layers, batch, capacity, rows
 };
 
+// A unit is a row of all columns, keys or values, of one layer. What a sequence commits of it is a
+// run of vectors, column by column, which warps copy in chunks: `at_once` units at a time, with
+// `parts` warps each.
 struct CommitArgs {
   CommitSide side[2];  // keys, values
-  Walk walk;
-  int64_t units;  // 2 * layers; 0 where there is nothing to copy
-  int64_t batch;
-  int64_t branches;
-  int64_t window;
-  int64_t capacity;
+  uint32_t units;      // layers * 2 * rows
+  uint32_t parts;
+  Divisor at_once;
+  Divisor rows;    // of a column
+  Divisor pieces;  // vectors of a row; 0 of them where there is nothing to copy
+  uint32_t batch;
+  int32_t branches;
+  int32_t window;
+  uint32_t capacity;
   const int32_t* winner;
   const int32_t* cache_len;
   const int32_t* commit_len;
   StatusView status;
-  uint32_t group;  // sequences in one list of columns: 1 or 32
 };
 
-// What one sequence commits: no columns where there is a fault.
-struct Commit {
+// What one sequence commits, as the caller says, ...
+struct Lengths {
   int32_t winner;
   int32_t cache_len;
-  uint32_t columns;
-  int32_t fault;
+  int32_t commit_len;
 };
 
-__device__ __forceinline__ Commit read_commit(const CommitArgs& a, int64_t b) {
-  int32_t winner = a.winner[b];
-  int32_t cache_len = a.cache_len[b];
-  int32_t commit_len = a.commit_len[b];
-  Commit commit{winner, cache_len, static_cast<uint32_t>(commit_len), 0};
-  if (cache_len < 0 || commit_len < 0 || commit_len > a.window) {
-    commit.fault = kBadState;
-  } else if (static_cast<int64_t>(cache_len) + commit_len > a.capacity) {
-    commit.fault = kCacheFull;
-  } else if (commit_len > 0 && (winner < 0 || winner >= a.branches)) {
-    commit.fault = kBadState;
-  }
-  if (commit.fault != 0) commit.columns = 0;
-  return commit;
+// ... of the sequence whose commits this lane of a warp knows; sequences beyond the last have none.
+__device__ __forceinline__ Lengths read_lengths(const CommitArgs& a, uint32_t b) {
+  if (b >= a.batch) return {};
+  return {a.winner[b], a.cache_len[b], a.commit_len[b]};
 }
 
-// The lane whose sequence has column `column` of the list, where lane l's sequence ends before
-// column `end` of lane l: the number of sequences that end at or before it. Whole warps call it.
-__device__ __forceinline__ uint32_t find_lane(uint32_t end, uint32_t column) {
+__device__ __forceinline__ int32_t commit_fault(const CommitArgs& a, const Lengths& lengths) {
+  const uint32_t end = static_cast<uint32_t>(lengths.cache_len) + lengths.commit_len;
+  // No branches: the loads wait for this.
+  const bool bad =
+      (lengths.cache_len < 0) | (lengths.commit_len < 0) | (lengths.commit_len > a.window);
+  const bool nobody = (lengths.commit_len > 0) &
+                      (static_cast<uint32_t>(lengths.winner) >= static_cast<uint32_t>(a.branches));
+  return bad ? kBadState : end > a.capacity ? kCacheFull : nobody ? kBadState : 0;
+}
+
+// The lane whose sequence has chunk `chunk` of the list, where lane l's sequence ends before chunk
+// `end` of lane l: the number of sequences that end at or before it. Whole warps call it.
+__device__ __forceinline__ uint32_t find_lane(uint32_t end, uint32_t chunk) {
   uint32_t lane = 0;
 #pragma unroll
   for (uint32_t d = 16; d >= 1; d /= 2) {
-    if (__shfl_sync(kWholeWarp, end, lane + d - 1) <= column) lane += d;
+    if (__shfl_sync(kWholeWarp, end, lane + d - 1) <= chunk) lane += d;
   }
   return lane;
 }
 
-// grid (parts, units): the blocks of a unit, keys or values of one layer, share the committed
-// columns of all sequences, which are one list, 32 sequences at a time. So the work of a block
-// depends on no length but their sum. Each lane of a warp holds one sequence of the list; a list of
-// one sequence needs no search.
-template <typename Vector>
-__global__ void __launch_bounds__(kThreads, 4)
-    kv_commit_kernel(const __grid_constant__ CommitArgs a) {
-  constexpr int kInFlight = 4;
-  release_successor();
-  const uint32_t lane = threadIdx.x % 32;
-  const bool searched = a.group > 1;
-  const bool reports = blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x < a.group;
-  const Place start = first_place(a.walk);
-  wait_for_predecessor();
-  for (int64_t first = 0; first < a.batch; first += a.group) {
-    const int64_t b = searched ? first + lane : first;
-    Commit commit{};
-    if (b < a.batch) commit = read_commit(a, b);
-    if (reports) report(a.status, b, commit.fault);
-    uint32_t end = commit.columns;
-    uint32_t columns = end;
-    if (searched) {
-#pragma unroll
-      for (uint32_t d = 1; d < 32; d *= 2) {
-        uint32_t before = __shfl_up_sync(kWholeWarp, end, d);
-        if (lane >= d) end += before;
-      }
-      columns = __shfl_sync(kWholeWarp, end, 31);
-    }
-    const int64_t begin = end - commit.columns;
+// A unit's place on both ends, and its distances in bytes.
+struct CommitUnit {
+  const char* window;
+  char* cache;
+  int64_t branch_stride;  // in the window
+  int64_t column_stride;  // in the cache
+  const CommitSide* side;
+};
 
-    for (int64_t unit = blockIdx.y; unit < a.units; unit += gridDim.y) {
-      const CommitSide& side = a.side[unit % 2];
-      const int64_t layer = unit / 2;
-      // Where this lane's sequence would have the list's column 0.
-      const int64_t from = layer * side.window_stride[0] + b * side.window_stride[1] +
-                           commit.winner * side.window_stride[2] - begin * side.window_stride[3];
-      const int64_t to = layer * side.cache_stride[0] + b * side.cache_stride[1] +
-                         (commit.cache_len - begin) * side.cache_stride[2];
-      Place at = start;
-      while (__any_sync(kWholeWarp, at.column < columns)) {
-        Vector data[kInFlight];
-        char* target[kInFlight];
+__device__ __forceinline__ CommitUnit commit_unit(const CommitArgs& a, uint32_t unit) {
+  const uint32_t pair = divide(unit, a.rows);
+  const uint32_t row = unit - pair * a.rows.value;
+  const uint32_t layer = pair / 2;
+  const CommitSide& side = a.side[pair % 2];
+  return {side.window + layer * side.window_stride[0] + row * side.window_stride[4],
+          side.cache + layer * side.cache_stride[0] + row * side.cache_stride[3],
+          side.window_stride[2], side.cache_stride[2], &side};
+}
+
+// A window's vectors are read once, and its next reader finds others there: they need not stay in
+// L2.
+template <typename Vector>
+__device__ __forceinline__ Vector load_once(const char* source) {
+  const Vector* vector = reinterpret_cast<const Vector*>(source);
+  return kStreamWindows ? __ldcs(vector) : __ldcg(vector);
+}
+
+// Of an address that the compiler does not know to be global memory.
+template <typename Vector>
+__device__ __forceinline__ void store_global(char* target, const Vector& data) {
+  __builtin_assume(__isGlobal(target));
+  *reinterpret_cast<Vector*>(target) = data;
+}
+
+// Copies a warp's chunks through its registers. With kContiguous a column follows the other without
+// a gap, on both ends.
+template <typename V, bool kContiguous>
+struct RegisterCopy {
+  using Vector = V;
+  static constexpr uint32_t kChunk = 32 * kCommitInFlight;
+  // Registers for the vectors in flight, and without contiguity for their addresses.
+  static constexpr int kBlocks = kContiguous ? kCommitBlocks : 2;
+
+  // Vectors [begin, end) of a run, at most kChunk of them; column 0 of the run is at `source` and
+  // at `target`.
+  __device__ __forceinline__ void copy(const CommitArgs& a, const CommitSide& side,
+                                       const char* source, char* target, uint32_t begin,
+                                       uint32_t end) {
+    const uint32_t first = begin + threadIdx.x % 32;
+    Vector data[kCommitInFlight];
+    if constexpr (kContiguous) {
+      const int64_t offset = static_cast<int64_t>(first) * sizeof(Vector);
+      source += offset;
+      target += offset;
+      // All else is constants: no registers for eight addresses.
+      asm volatile("" : "+l"(source), "+l"(target));
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-          int64_t source_base = from;
-          int64_t target_base = to;
-          if (searched) {
-            uint32_t owner = find_lane(end, at.column);
-            source_base = __shfl_sync(kWholeWarp, from, owner);
-            target_base = __shfl_sync(kWholeWarp, to, owner);
-          }
-          target[i] = nullptr;
-          if (at.column < columns) {
-            int64_t piece = at.piece * static_cast<int64_t>(sizeof(Vector));
-            const char* source = side.window + source_base + at.column * side.window_stride[3] +
-                                 at.row * side.window_stride[4] + piece;
-            target[i] = side.cache + target_base + at.column * side.cache_stride[2] +
-                        at.row * side.cache_stride[3] + piece;
-            data[i] = __ldcg(reinterpret_cast<const Vector*>(source));
-          }
-          advance(at, a.walk);
-        }
+      for (uint32_t i = 0; i < kCommitInFlight; ++i) {
+        if (first + 32 * i < end) data[i] = load_once<Vector>(source + 32 * i * sizeof(Vector));
+      }
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-          if (target[i] != nullptr) *reinterpret_cast<Vector*>(target[i]) = data[i];
+      for (uint32_t i = 0; i < kCommitInFlight; ++i) {
+        if (first + 32 * i < end) {
+          store_global(target + 32 * i * sizeof(Vector), data[i]);
         }
+      }
+    } else {
+      char* place[kCommitInFlight];
+#pragma unroll
+      for (uint32_t i = 0; i < kCommitInFlight; ++i) {
+        const uint32_t vector = first + 32 * i;
+        if (vector >= end) continue;
+        const uint32_t column = divide(vector, a.pieces);
+        const int64_t piece = (vector - column * a.pieces.value) * sizeof(Vector);
+        data[i] = load_once<Vector>(source + column * side.window_stride[3] + piece);
+        place[i] = target + column * side.cache_stride[2] + piece;
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < kCommitInFlight; ++i) {
+        if (first + 32 * i < end) store_global(place[i], data[i]);
       }
     }
   }
+
+  __device__ __forceinline__ void finish() {}
+};
+
+// Copies a warp's chunks through shared memory with the bulk-copy engine of sm_90 and later; only
+// contiguous columns. One lane does it all, so that nothing needs a barrier among threads.
+struct BulkCopy {
+  using Vector = uint4;
+  static constexpr uint32_t kChunk = kBulkChunk;
+  static constexpr int kBlocks = kBulkBlocks;
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
+  __device__ void copy(const CommitArgs&, const CommitSide&, const char*, char*, uint32_t,
+                       uint32_t) {}
+  __device__ void finish() {}
+#else
+  uint32_t stage;
+  uint32_t barrier;
+  uint32_t phase = 0;
+  uint64_t policy;
+
+  __device__ __forceinline__ BulkCopy() {
+    __shared__ __align__(128) uint4 stages[kThreads / 32][kChunk];
+    __shared__ __align__(8) uint64_t barriers[kThreads / 32];
+    stage = static_cast<uint32_t>(__cvta_generic_to_shared(stages[threadIdx.x / 32]));
+    barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&barriers[threadIdx.x / 32]));
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    if (threadIdx.x % 32 == 0) {
+      asm volatile(
+          "mbarrier.init.shared::cta.b64 [%0], 1;\n\t"
+          "fence.mbarrier_init.release.cluster;\n\t"
+          "fence.proxy.async.shared::cta;" ::"r"(barrier)
+          : "memory");
+    }
+  }
+
+  __device__ __forceinline__ void copy(const CommitArgs&, const CommitSide&, const char* source,
+                                       char* target, uint32_t begin, uint32_t end) {
+    if (threadIdx.x % 32 != 0) return;
+    const int64_t offset = static_cast<int64_t>(begin) * sizeof(Vector);
+    const uint32_t bytes = (end - begin) * sizeof(Vector);
+    // The stage is free once the last chunk has been read from it.
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+    if constexpr (kStreamWindows) {
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+          "[%1], %2, [%3], %4;" ::"r"(stage),
+          "l"(__cvta_generic_to_global(source + offset)), "r"(bytes), "r"(barrier), "l"(policy)
+          : "memory");
+    } else {
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+          "[%3];" ::"r"(stage),
+          "l"(__cvta_generic_to_global(source + offset)), "r"(bytes), "r"(barrier)
+          : "memory");
+    }
+    uint32_t done;
+    do {
+      asm volatile(
+          "{\n\t"
+          ".reg .pred done;\n\t"
+          "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n\t"
+          "selp.u32 %0, 1, 0, done;\n\t"
+          "}"
+          : "=r"(done)
+          : "r"(barrier), "r"(phase)
+          : "memory");
+    } while (done == 0);
+    phase ^= 1;
+    asm volatile(
+        "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n\t"
+        "cp.async.bulk.commit_group;" ::"l"(__cvta_generic_to_global(target + offset)),
+        "r"(stage), "r"(bytes)
+        : "memory");
+  }
+
+  // Shared memory is this block's until it has been read; the writes are the grid's, which ends
+  // with them.
+  __device__ __forceinline__ void finish() {
+    if (threadIdx.x % 32 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  }
+#endif
+};
+
+// A warp takes chunks of a unit. With kGrouped those of all sequences are one list, 32 sequences at
+// a time, of which each lane knows one: the work of a warp depends on no length but their sum.
+// Without, there is one sequence. Successive units and parts go to different blocks.
+//
+// The first lengths are on their way while it is found out which unit is whose.
+template <typename Copy, bool kGrouped>
+__global__ void __launch_bounds__(kThreads, Copy::kBlocks)
+    kv_commit_kernel(const __grid_constant__ CommitArgs a) {
+  constexpr uint32_t kChunk = Copy::kChunk;
+  constexpr uint32_t kGroup = kGrouped ? 32 : 1;
+  release_successor();
+  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+  const uint32_t part = divide(warp, a.at_once);
+  if (part >= a.parts) return;
+  const bool reports = warp == 0 && lane < kGroup;
+  uint32_t unit = warp - part * a.at_once.value;
+  Copy chunk_copy;
+  wait_for_predecessor();
+  Lengths lengths = read_lengths(a, kGrouped ? lane : 0);
+#pragma unroll 1
+  do {
+    CommitUnit at = commit_unit(a, unit);
+    // Before the wait for the lengths, behind which the compiler would move it.
+    asm volatile(""
+                 : "+l"(at.window), "+l"(at.cache), "+l"(at.branch_stride), "+l"(at.column_stride));
+    __syncwarp();
+    uint32_t first = 0;
+#pragma unroll 1
+    do {
+      const uint32_t b = kGrouped ? first + lane : 0;
+      const int32_t fault = commit_fault(a, lengths);
+      const uint32_t vectors = fault == 0 ? lengths.commit_len * a.pieces.value : 0;
+      const uint32_t own = (vectors + kChunk - 1) / kChunk;
+      uint32_t end = own;
+      uint32_t chunks = end;
+      if constexpr (kGrouped) {
+#pragma unroll
+        for (uint32_t d = 1; d < 32; d *= 2) {
+          const uint32_t before = __shfl_up_sync(kWholeWarp, end, d);
+          if (lane >= d) end += before;
+        }
+        chunks = __shfl_sync(kWholeWarp, end, 31);
+      }
+      const char* source = at.window + static_cast<uint32_t>(lengths.winner) * at.branch_stride;
+      char* target = at.cache + static_cast<uint32_t>(lengths.cache_len) * at.column_stride;
+      if constexpr (kGrouped) {
+        source += b * at.side->window_stride[1];
+        target += b * at.side->cache_stride[1];
+      }
+#pragma unroll 1
+      for (uint32_t chunk = part; chunk < chunks; chunk += a.parts) {
+        uint32_t begin = chunk * kChunk;
+        uint32_t last = vectors;
+        const char* from = source;
+        char* to = target;
+        if constexpr (kGrouped) {
+          const uint32_t owner = find_lane(end, chunk);
+          auto of_owner = [&](auto value) { return __shfl_sync(kWholeWarp, value, owner); };
+          begin -= of_owner(end - own) * kChunk;
+          last = of_owner(vectors);
+          from =
+              reinterpret_cast<const char*>(of_owner(reinterpret_cast<unsigned long long>(source)));
+          to = reinterpret_cast<char*>(of_owner(reinterpret_cast<unsigned long long>(target)));
+        }
+        chunk_copy.copy(a, *at.side, from, to, begin, smaller(begin + kChunk, last));
+      }
+      if (reports && b < a.batch) report(a.status, b, fault);
+      first += kGroup;
+      if (kGrouped && a.batch > kGroup) {
+        lengths = read_lengths(a, first < a.batch ? b + kGroup : lane);
+      }
+    } while (kGrouped && first < a.batch);
+    unit += a.at_once.value;
+  } while (unit < a.units);
+  chunk_copy.finish();
 }
 
 template <int kBytes>

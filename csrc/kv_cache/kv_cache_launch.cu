@@ -15,12 +15,10 @@ namespace {
 using namespace kv_cache;
 
 constexpr int64_t kMaxGridY = 65535;
-// Blocks of a multiprocessor. A commit's are all resident, each with up to four vectors a thread in
-// flight; a Pre-Write's threads mostly have one turn.
-constexpr int64_t kCommitBlocks = 4;
+// Blocks of a multiprocessor in a Pre-Write, whose threads mostly have one turn.
 constexpr int64_t kPrewriteBlocks = 8;
-// Beyond this the columns of 32 sequences could number more than 2^31.
-constexpr int64_t kMaxGroupedWindow = 1 << 26;
+// Contiguous commits whose windows hold at least this many bytes take the bulk-copy engine.
+constexpr int64_t kBulkBytes = INT64_MAX;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -30,6 +28,12 @@ uint32_t narrow(const char* what, int64_t value) {
                              ": expected at most 2^31 - 1, got " + std::to_string(value));
   }
   return static_cast<uint32_t>(value);
+}
+
+// `value` or the largest number that T holds.
+template <typename T>
+T clamped(int64_t value) {
+  return static_cast<T>(std::min<int64_t>(value, std::numeric_limits<T>::max()));
 }
 
 // The bytes, up to 16, that all addresses and distances of an access are multiples of.
@@ -67,18 +71,12 @@ class Alignment {
   uint64_t bits_ = 16;
 };
 
-Divisor make_divisor(const char* what, int64_t value) {
-  Divisor divisor{};
-  divisor.value = narrow(what, std::max<int64_t>(value, 1));
-  const uint32_t bits = std::bit_width(divisor.value - 1);
-  divisor.shift = 31 + bits;
-  divisor.multiplier =
-      static_cast<uint32_t>(((uint64_t{1} << divisor.shift) + divisor.value - 1) / divisor.value);
-  return divisor;
+Divisor checked_divisor(const char* what, int64_t value) {
+  return make_divisor(narrow(what, std::max<int64_t>(value, 1)));
 }
 
 Walk make_walk(int64_t rows, int64_t pieces, int64_t parts) {
-  Walk walk{make_divisor("heads", rows), make_divisor("head_dim", pieces), {}};
+  Walk walk{checked_divisor("heads", rows), checked_divisor("head_dim", pieces), {}};
   const int64_t vectors = parts * kThreads;
   const int64_t step = vectors / walk.pieces.value;
   walk.step = {static_cast<uint32_t>(step / walk.rows.value),
@@ -101,9 +99,29 @@ CommitSide make_side(const KvWindowView& window, const KvCacheView& cache, int64
   return side;
 }
 
+// The grid, and how its warps share the chunks: one each, as far as `chunks` of a unit go around
+// and all blocks are resident. Beyond one block a multiprocessor, all have as many.
+template <typename Copy>
+void commit(CommitArgs args, int64_t vectors, cudaStream_t stream) {
+  constexpr int64_t kWarps = kThreads / 32;
+  const int64_t units = std::max<int64_t>(args.units, 1);
+  const int64_t chunks = int64_t{args.batch} * ceil_div(vectors, Copy::kChunk);
+  const int64_t processors = multiprocessors();
+  const int64_t wanted = std::max<int64_t>(ceil_div(units * chunks, kWarps), 1);
+  const int64_t each = std::min<int64_t>(wanted / processors, Copy::kBlocks);
+  const int64_t blocks = each > 0 ? each * processors : wanted;
+  const int64_t warps = blocks * kWarps;
+  args.at_once = checked_divisor("layers * heads", std::min(units, warps));
+  args.parts = static_cast<uint32_t>(warps / args.at_once.value);
+  const auto kernel = args.batch > 1 ? kv_commit_kernel<Copy, true> : kv_commit_kernel<Copy, false>;
+  launch("kv_commit_", kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, true,
+         args);
+}
+
 template <typename Vector>
-void commit(const CommitArgs& args, dim3 grid, cudaStream_t stream) {
-  launch("kv_commit_", kv_commit_kernel<Vector>, grid, dim3(kThreads), 0, stream, true, args);
+void commit(bool contiguous, const CommitArgs& args, int64_t vectors, cudaStream_t stream) {
+  if (contiguous) return commit<RegisterCopy<Vector, true>>(args, vectors, stream);
+  commit<RegisterCopy<Vector, false>>(args, vectors, stream);
 }
 
 template <typename T, int N>
@@ -166,7 +184,7 @@ void launch_kv_prewrite(const KvPrewriteParams& params, int32_t* status, int64_t
   args.params = params;
   args.status = {status, status_stride};
   args.columns = vectors > 0 ? narrow("window", s.window) : 0;
-  args.branches = make_divisor("branches", s.branches);
+  args.branches = checked_divisor("branches", s.branches);
   const int64_t slots = s.batch * args.branches.value;
   args.slots = narrow("batch * branches", slots);
   const int64_t parts = parts_of(vectors, ceil_div(kPrewriteBlocks * multiprocessors(), slots));
@@ -200,36 +218,43 @@ void launch_kv_commit(const KvCommitParams& params, int32_t* status, int64_t sta
   alignment.add(params.v_cache, s, rows, element);
   const int64_t bytes = std::max<int64_t>(alignment.bytes(), 2);
   const int64_t pieces = row_bytes / bytes;
-  const int64_t columns = s.batch * std::min(s.window, s.capacity);
-  const int64_t vectors = s.layers * s.branches > 0 ? columns * rows * pieces : 0;
-  if (s.batch == 0 || (vectors == 0 && status == nullptr)) return;
+  const int64_t columns = s.layers * s.branches > 0 ? std::min(s.window, s.capacity) : 0;
+  const int64_t vectors = columns * pieces;  // of a sequence's run
+  if (s.batch == 0 || (rows * vectors == 0 && status == nullptr)) return;
 
   CommitArgs args{};
   args.side[0] = make_side(params.k_window, params.k_cache, element);
   args.side[1] = make_side(params.v_window, params.v_cache, element);
-  args.units = vectors > 0 ? 2 * s.layers : 0;
-  args.batch = s.batch;
-  args.branches = s.branches;
-  args.window = s.window;
-  args.capacity = s.capacity;
+  args.units = rows * vectors > 0 ? narrow("layers * heads", 2 * s.layers * rows) : 0;
+  args.rows = checked_divisor("heads", rows);
+  if (args.units > 0) args.pieces = checked_divisor("head_dim", pieces);
+  narrow("window * head_dim", vectors);
+  args.batch = narrow("batch", s.batch);
+  args.branches = clamped<int32_t>(s.branches);
+  args.window = clamped<int32_t>(s.window);
+  args.capacity = clamped<uint32_t>(s.capacity);
   args.winner = params.winner;
   args.cache_len = params.cache_len;
   args.commit_len = params.commit_len;
   args.status = {status, status_stride};
-  args.group = s.batch > 1 && s.window <= kMaxGroupedWindow ? 32 : 1;
-  const int64_t units = std::max<int64_t>(args.units, 1);
-  const int64_t parts = parts_of(vectors, kCommitBlocks * multiprocessors() / units);
-  args.walk = make_walk(rows, pieces, parts);
-  const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(std::min(units, kMaxGridY)));
+  auto follows = [&](int64_t stride) { return columns <= 1 || stride * element == row_bytes; };
+  const bool contiguous = follows(params.k_window.stride[3]) &&
+                          follows(params.v_window.stride[3]) && follows(params.k_cache.stride[2]) &&
+                          follows(params.v_cache.stride[2]);
   switch (bytes) {
-    case 16:
-      return commit<uint4>(args, grid, stream);
+    case 16: {
+      const int64_t most = args.units * s.batch * vectors * bytes;
+      if (contiguous && most >= kBulkBytes && compute_capability() >= 90) {
+        return commit<BulkCopy>(args, vectors, stream);
+      }
+      return commit<uint4>(contiguous, args, vectors, stream);
+    }
     case 8:
-      return commit<uint2>(args, grid, stream);
+      return commit<uint2>(contiguous, args, vectors, stream);
     case 4:
-      return commit<uint32_t>(args, grid, stream);
+      return commit<uint32_t>(contiguous, args, vectors, stream);
     default:
-      return commit<uint16_t>(args, grid, stream);
+      return commit<uint16_t>(contiguous, args, vectors, stream);
   }
 }
 

@@ -5,6 +5,8 @@
 // registers or in the workspace by the time the next state, perhaps the same memory, is written.
 #pragma once
 
+#include <type_traits>
+
 #include "branch/selection.cuh"
 #include "confidence/vocabulary_args.h"
 #include "step/round_args.h"
@@ -21,18 +23,33 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
                : "memory");
 }
 
-// By the whole CTA; `to` is a multiple of 16 bytes.
-template <typename T>
-__device__ __forceinline__ void stage(T* to, const T* from, int n) {
-  constexpr int kVector = 16 / sizeof(T);
-  const int vectors = (reinterpret_cast<uintptr_t>(from) & 15) == 0 ? n / kVector : 0;
-  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
-    copy_async<16>(to + i * kVector, from + i * kVector);
-  }
+// Copies of all statistics and tokens of a sequence, by the whole CTA: all of them, before it is
+// known which are needed, so that there is one latency instead of four. `n` is a multiple of 4, and
+// all addresses are multiples of 16 bytes.
+__device__ __forceinline__ void stage(int64_t* tokens, int64_t* token, float* prob, float* score,
+                                      const int64_t* from_tokens, const ColumnStats& from, int n) {
 #pragma unroll 1
-  for (int i = vectors * kVector + threadIdx.x; i < n; i += blockDim.x) {
-    copy_async<sizeof(T)>(to + i, from + i);
+  for (int i = 4 * threadIdx.x; i < n; i += 4 * blockDim.x) {
+    copy_async<16>(tokens + i, from_tokens + i);
+    copy_async<16>(tokens + i + 2, from_tokens + i + 2);
+    copy_async<16>(score + i, from.score + i);
+    copy_async<16>(token + i, from.token + i);
+    copy_async<16>(token + i + 2, from.token + i + 2);
+    copy_async<16>(prob + i, from.prob + i);
   }
+}
+
+// Waits for the thread's copies. They are waited for whatever `loaded` is; but that it is asked for
+// keeps the loads that it is made of before the wait, where the compiler would not leave them.
+__device__ __forceinline__ void wait_for_copies(uint32_t loaded) {
+  asm volatile(
+      "{\n\t"
+      ".reg .pred any;\n\t"
+      "setp.ne.u32 any, %0, 0;\n\t"
+      "@any cp.async.wait_all;\n\t"
+      "@!any cp.async.wait_all;\n\t"
+      "}" ::"r"(loaded)
+      : "memory");
 }
 
 // A branch as its warp leaves it for the others. The status has the EOS of the branch as well.
@@ -56,8 +73,8 @@ __device__ __forceinline__ int32_t row_status(uint8_t flags) {
 }
 
 // Confidence and status of a branch of a sound sequence, by a warp. With kFromLogits only needed
-// rows have statistics, and flags; none if `flags` is null.
-template <bool kFromLogits>
+// rows have statistics, and flags; none if `flags` is null. kKeeps is keeps_scores(config.reduce).
+template <bool kFromLogits, bool kKeeps>
 __device__ __forceinline__ int32_t branch_confidence(const Numbers& n, int length, float creation,
                                                      const branch::Columns& columns,
                                                      const uint8_t* flags,
@@ -67,7 +84,7 @@ __device__ __forceinline__ int32_t branch_confidence(const Numbers& n, int lengt
   if (!n.sound(length)) return kBadState;
   const int lane = lane_index();
   const int64_t mask_id = config.select.mask_id;
-  branch::ScoreList list(scores);
+  branch::ScoreList<kKeeps> list(scores);
   int32_t status = 0;
   if (flags != nullptr && config.shift && n.commit_len > 0) {
     status |= row_status(flags[n.commit_len - 1]);
@@ -223,15 +240,28 @@ __device__ inline void write_branches(const Next& next, int slid, int live, bool
       if (next.wants(branch_eos, more) && next.has_room()) length += next.block_size;
     }
     int64_t* row = out.tokens + k * config.window;
-    const int filled = is_live ? next.length : 0;
-    for (int c = lane_index(); c < next.window; c += 32) {
-      int64_t token = config.select.mask_id;
-      if (c < filled) {
-        const int from = c + slid;
-        const uint32_t chosen = space.eligible[from / 32] & ~space.fill[from / 32];
-        if (from == column || !(chosen >> (from % 32) & 1u)) token = values[from];
+    const int filled = is_live ? next.length : 0, own_column = column - slid;
+#pragma unroll 1
+    for (int base = lane_index(); base < next.window; base += 32 * kBatch) {
+      int64_t value[kBatch];
+      bool known[kBatch] = {};
+      if (filled > 0) {
+        // Columns beyond them read the last one again: loads without branches overlap.
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int c = base + 32 * j;
+          const unsigned from = static_cast<unsigned>(slid + min(c, filled - 1));
+          // Open columns that stay so have a value, too.
+          const uint32_t left = space.eligible[from / 32] & ~space.fill[from / 32];
+          value[j] = values[from];
+          known[j] = c < filled && (c == own_column || (left >> (from % 32) & 1u) == 0);
+        }
       }
-      row[c] = token;
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int c = base + 32 * j;
+        if (c < next.window) row[c] = known[j] ? value[j] : config.select.mask_id;
+      }
     }
     if (lane_index() == 0) {
       out.length[k] = length;
@@ -242,13 +272,15 @@ __device__ inline void write_branches(const Next& next, int slid, int live, bool
 }
 
 // By the whole CTA. With kFromLogits the statistics are those of the needed rows, if `has_rows`,
-// and this kernel's grid wrote them.
-template <bool kFromLogits>
+// and this kernel's grid wrote them. With kInShared the workspace is in shared memory; with kStaged
+// it has copies of the tokens and statistics, too.
+template <bool kFromLogits, bool kInShared, bool kStaged>
 __device__ __forceinline__ void run_round(const RoundArgs& args, int64_t b, bool has_rows,
                                           char* shared) {
+  static_assert(!kStaged || (kInShared && !kFromLogits));
   const RoundConfig& config = args.config;
   const SequenceView s = args.state.sequence(b);
-  const branch::Memory memory{shared, args.memory + b * args.memory_of_sequence};
+  const branch::Memory<kInShared> memory{shared, args.memory + b * args.memory_of_sequence};
   const int K = static_cast<int>(s.K), W = static_cast<int>(s.W);
   const Numbers n{K, W, s.branches, s.cache_len, s.commit_len, s.prompt_len};
   const int warp = warp_index(), warps = warp_count();
@@ -267,48 +299,59 @@ __device__ __forceinline__ void run_round(const RoundArgs& args, int64_t b, bool
   const int64_t* tokens = s.tokens;
   ColumnStats stats{args.stats.token + b * slots, args.stats.prob + b * slots,
                     args.stats.score + b * slots};
-  if (!kFromLogits && args.staged) {
-    // All of them, before it is known which are needed: one latency instead of four.
-    int64_t* staged_tokens = memory.at<int64_t>(args.places.tokens);
-    int64_t* staged_token = memory.at<int64_t>(args.places.token);
-    float* staged_prob = memory.at<float>(args.places.prob);
-    float* staged_score = memory.at<float>(args.places.score);
-    stage(staged_tokens, tokens, static_cast<int>(slots));
-    stage(staged_score, stats.score, static_cast<int>(slots));
-    stage(staged_token, stats.token, static_cast<int>(slots));
-    stage(staged_prob, stats.prob, static_cast<int>(slots));
+  if constexpr (kStaged) {
+    int64_t* staged_tokens = memory.template at<int64_t>(args.places.tokens);
+    int64_t* staged_token = memory.template at<int64_t>(args.places.token);
+    float* staged_prob = memory.template at<float>(args.places.prob);
+    float* staged_score = memory.template at<float>(args.places.score);
+    stage(staged_tokens, staged_token, staged_prob, staged_score, tokens, stats,
+          static_cast<int>(slots));
     tokens = staged_tokens;
     stats = {staged_token, staged_prob, staged_score};
-    asm volatile("cp.async.wait_all;" ::: "memory");
+  }
+  // While those are on their way.
+  const branch::Division blocks_of(config.select.block_size);
+  const bool sound = !s.done && n.sound();
+  if constexpr (kStaged) {
+    wait_for_copies(static_cast<uint32_t>(length) | __float_as_uint(creation) | eos | sound);
     __syncthreads();
   }
   auto columns_of = [&](int k) {
-    const int64_t at = int64_t{k} * W;
+    using Offset = std::conditional_t<kStaged, int, int64_t>;
+    const Offset at = static_cast<Offset>(k) * W;
     return branch::Columns{tokens + at,
                            {stats.token + at, stats.prob + at, stats.score + at},
                            config.shift ? 1 : 0,
                            {s.carry_token, s.carry_prob, s.carry_score}};
   };
 
-  const BranchWords words(memory.at<float>(args.places.branches), K);
-  const bool sound = !s.done && n.sound();
-  if (sound) {
+  const BranchWords words(memory.template at<float>(args.places.branches), K);
+  auto weigh_branches = [&]<bool kKeeps>() {
     float* scores = nullptr;
-    if (branch::keeps_scores(config.reduce)) {
-      scores = memory.at<float>(args.places.scores) + int64_t{warp} * W;
+    if constexpr (kKeeps) {
+      scores = memory.template at<float>(args.places.scores) + int64_t{warp} * W;
     }
 #pragma unroll 1
-    for (int k = warp; k < n.branches; k += warps) {
+    for (int k = warp;;) {
       const uint8_t* flags = has_rows ? args.flags + b * slots + int64_t{k} * W : nullptr;
       float confidence;
-      const int32_t status = branch_confidence<kFromLogits>(n, length, creation, columns_of(k),
-                                                            flags, config, scores, confidence);
+      const int32_t status = branch_confidence<kFromLogits, kKeeps>(
+          n, length, creation, columns_of(k), flags, config, scores, confidence);
       if (lane_index() == 0) {
         words.confidence[k] = confidence;
         words.status[k] = status | (eos ? kBranchEos : 0);
         words.length[k] = length;
       }
-      load_branch(k + warps);
+      k += warps;
+      if (k >= n.branches) break;
+      load_branch(k);
+    }
+  };
+  if (sound && warp < n.branches) {
+    if (branch::keeps_scores(config.reduce)) {
+      weigh_branches.template operator()<true>();
+    } else {
+      weigh_branches.template operator()<false>();
     }
   }
   __syncthreads();
@@ -325,7 +368,9 @@ __device__ __forceinline__ void run_round(const RoundArgs& args, int64_t b, bool
   eos = words.status[winner.branch] & kBranchEos;
   const int slid = n.commit_len;
   branch::Prediction carried = own.carried;
-  if (config.shift && slid > 0 && threadIdx.x == 0) carried = own.prediction(slid);
+  // The last warp: others have more to do at the end.
+  const bool writes_numbers = threadIdx.x == blockDim.x - 1;
+  if (config.shift && slid > 0 && writes_numbers) carried = own.prediction(slid);
 
   Next next{};
   next.cache_len = n.cache_len + slid;
@@ -334,22 +379,22 @@ __device__ __forceinline__ void run_round(const RoundArgs& args, int64_t b, bool
   next.block_size = static_cast<int>(config.select.block_size);
   const int offset = next.cache_len - n.prompt_len;  // column + offset = generated index
   const int generated = offset + next.length;
-  const unsigned T = static_cast<unsigned>(next.block_size);
-  const unsigned last_block = generated > 0 ? static_cast<unsigned>(generated - 1) / T : 0;
+  const unsigned T = blocks_of.by;
+  const unsigned last_block = generated > 0 ? blocks_of(static_cast<unsigned>(generated - 1)) : 0;
   next.last_start = static_cast<int>(last_block * T) - offset;
   next.full = next.length > next.window;
   next.opens_always = generated <= 0 || next.length == 0;
 
-  const branch::Blocks blocks(n.cache_len, n.prompt_len, length, config.select.block_size);
+  const branch::Blocks blocks(n.cache_len, n.prompt_len, length, blocks_of);
   const branch::SelectSpace space(memory, args.places.select, W);
-  int64_t* values = memory.at<int64_t>(args.places.values);
+  int64_t* values = memory.template at<int64_t>(args.places.values);
   const int lookahead = static_cast<int>(smaller<int64_t>(config.branches - 1, W));
   const int tail = next.opens_always ? length : slid + max(next.last_start, 0);
   const branch::Selected selected = branch::select_columns(
       own, blocks, lookahead, tail, config.select, config.eos_id, space, values);
 
   // Step 7: leading columns of consecutive complete blocks, after the slide.
-  const unsigned complete = static_cast<unsigned>(selected.first_open - slid + offset) / T;
+  const unsigned complete = blocks_of(static_cast<unsigned>(selected.first_open - slid + offset));
   next.commit_len = max(max(-offset, 0), static_cast<int>(complete * T) - offset);
   int live = 1 + min(selected.rest, lookahead);
   if (next.full) {
@@ -372,7 +417,7 @@ __device__ __forceinline__ void run_round(const RoundArgs& args, int64_t b, bool
   for (int k = threadIdx.x; k < K; k += blockDim.x) {
     out.confidence[k] = k < n.branches ? words.confidence[k] : -kInf;
   }
-  if (threadIdx.x != 0) return;
+  if (!writes_numbers) return;
   // Step 10, and the two ways in which a sequence cannot go on.
   const bool wants = next.wants(eos, 0), opened = wants && next.has_room();
   const bool stalled = selected.had_open && selected.filled == 0 && live == 1 && slid == 0 &&

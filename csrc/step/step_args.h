@@ -12,6 +12,7 @@
 #include "lopa/checks.h"
 #include "lopa/tensor.h"
 #include "step/params.h"
+#include "step/settings_args.h"
 
 // Many small tensors: see OwnedTensor. One list of the state's fields for parameters, calls and
 // checks, in the order of the schema.
@@ -49,38 +50,41 @@
       int64_t block_size, int64_t max_new_tokens, int64_t mask_id, int64_t eos_id,           \
       TextHandle accept, TextHandle fallback, TextHandle reduction, double fraction,         \
       std::optional<int64_t> group, double alpha, bool shift, bool force_anchor
-#define LOPA_CONFIG                                                                          \
-  make_config(op, out_branches, out_window, tau_conf, tau_add, tau_act, block_size,          \
-              max_new_tokens, mask_id, eos_id, accept, fallback, reduction, fraction, group, \
-              alpha, shift, force_anchor)
+#define LOPA_CONFIG                                                                            \
+  RoundSettings {                                                                              \
+    out_branches, out_window, tau_conf, tau_add, tau_act, block_size, max_new_tokens, mask_id, \
+        eos_id, take_text(accept), take_text(fallback), take_text(reduction), fraction, group, \
+        alpha, shift, force_anchor                                                             \
+  }
 #define LOPA_VOCABULARY_PARAMETERS \
   const Tensor &logits, const OptTensor &rows, const OptTensor &seed, const OptTensor &step
 #define LOPA_SAMPLING_PARAMETERS \
   TextHandle metric, double temperature, std::optional<int64_t> top_k, std::optional<double> top_p
-#define LOPA_VOCABULARY(name) \
-  VocabularyTensors { logits, rows, seed, step, name, temperature, top_k, top_p }
+#define LOPA_SAMPLING \
+  SamplingSettings { take_text(metric), temperature, top_k, top_p }
+#define LOPA_VOCABULARY(sampling) \
+  VocabularyTensors { logits, rows, seed, step, sampling }
 
 namespace lopa {
 
-inline RoundConfig make_config(const char* op, LOPA_CONFIG_PARAMETERS) {
-  const std::string accept_name = take_text(accept), fallback_name = take_text(fallback),
-                    reduction_name = take_text(reduction);
-  check_at_least(op, "out_branches", out_branches, 1);
-  check_at_least(op, "block_size", block_size, 1);
-  check_at_least(op, "out_window", out_window, block_size);
-  check_at_least(op, "max_new_tokens", max_new_tokens, block_size);
-  check_share(op, "tau_add", tau_add);
+// `K` and `W` are those of the state that comes in.
+inline RoundConfig make_config(const char* op, const RoundSettings& s, int64_t K, int64_t W) {
   RoundConfig config;
+  config.branches = s.branches.value_or(K);
+  config.window = s.window.value_or(W);
+  check_at_least(op, "out_branches", config.branches, 1);
+  check_at_least(op, "block_size", s.block_size, 1);
+  check_at_least(op, "out_window", config.window, s.block_size);
+  check_at_least(op, "max_new_tokens", s.max_new_tokens, s.block_size);
+  check_share(op, "tau_add", s.tau_add);
   config.select =
-      make_select_config(op, tau_conf, tau_act, block_size, mask_id, accept_name, fallback_name);
-  config.reduce = parse_reduction(op, reduction_name, fraction, group, alpha);
-  config.branches = out_branches;
-  config.window = out_window;
-  config.add_count = least_count(tau_add, block_size);
-  config.max_blocks = max_new_tokens / block_size;
-  config.eos_id = eos_id;
-  config.shift = shift;
-  config.force_anchor = force_anchor;
+      make_select_config(op, s.tau_conf, s.tau_act, s.block_size, s.mask_id, s.accept, s.fallback);
+  config.reduce = parse_reduction(op, s.reduction, s.fraction, s.group, s.alpha);
+  config.add_count = least_count(s.tau_add, s.block_size);
+  config.max_blocks = s.max_new_tokens / s.block_size;
+  config.eos_id = s.eos_id;
+  config.shift = s.shift;
+  config.force_anchor = s.force_anchor;
   return config;
 }
 
@@ -156,10 +160,7 @@ struct ResultTensors {
 struct VocabularyTensors {
   const Tensor& logits;
   const OptTensor &rows, &seed, &step;
-  const std::string& metric;
-  double temperature;
-  std::optional<int64_t> top_k;
-  std::optional<double> top_p;
+  const SamplingSettings& sampling;
 };
 
 template <size_t>
@@ -181,77 +182,111 @@ class StepOperators {
  public:
   static StepTuple lopa_step(LOPA_VOCABULARY_PARAMETERS, LOPA_STATE_PARAMETERS,
                              LOPA_CONFIG_PARAMETERS, LOPA_SAMPLING_PARAMETERS) {
-    const char* op = "lopa_step";
     StateTensors state = LOPA_STATE;
-    const std::string metric_name = take_text(metric);
-    const RoundConfig config = LOPA_CONFIG;
-    StepOperators call(op, std::move(state), config);
-    call.allocate();
-    call.run_from_logits(LOPA_VOCABULARY(metric_name));
-    return call.result();
+    const SamplingSettings sampling = LOPA_SAMPLING;
+    return make("lopa_step", std::move(state), LOPA_CONFIG, LOPA_VOCABULARY(sampling));
   }
 
   static void lopa_step_out(LOPA_VOCABULARY_PARAMETERS, LOPA_STATE_PARAMETERS,
                             LOPA_CONFIG_PARAMETERS, LOPA_SAMPLING_PARAMETERS, LOPA_NEXT_PARAMETERS,
                             LOPA_RESULT_PARAMETERS) {
-    const char* op = "lopa_step_out";
     StateTensors state = LOPA_STATE, next = LOPA_NEXT;
     ResultTensors result = LOPA_RESULT;
-    const std::string metric_name = take_text(metric);
-    const RoundConfig config = LOPA_CONFIG;
-    StepOperators call(op, std::move(state), config);
-    call.write_to(std::move(next), std::move(result));
-    call.run_from_logits(LOPA_VOCABULARY(metric_name));
+    const SamplingSettings sampling = LOPA_SAMPLING;
+    write("lopa_step_out", std::move(state), LOPA_CONFIG, LOPA_VOCABULARY(sampling),
+          std::move(next), std::move(result));
   }
 
   static void lopa_step_in_place(LOPA_VOCABULARY_PARAMETERS, LOPA_STATE_PARAMETERS,
                                  LOPA_CONFIG_PARAMETERS, LOPA_SAMPLING_PARAMETERS,
                                  LOPA_RESULT_PARAMETERS) {
-    const char* op = "lopa_step_";
     StateTensors state = LOPA_STATE;
     ResultTensors result = LOPA_RESULT;
-    const std::string metric_name = take_text(metric);
-    const RoundConfig config = LOPA_CONFIG;
-    StepOperators call(op, std::move(state), config);
-    call.write_in_place(std::move(result));
-    call.run_from_logits(LOPA_VOCABULARY(metric_name));
+    const SamplingSettings sampling = LOPA_SAMPLING;
+    update("lopa_step_", std::move(state), LOPA_CONFIG, LOPA_VOCABULARY(sampling),
+           std::move(result));
   }
 
   static StepTuple branch_step(LOPA_STATISTICS_PARAMETERS, LOPA_STATE_PARAMETERS,
                                LOPA_CONFIG_PARAMETERS) {
-    const char* op = "branch_step";
     StatisticsTensors statistics = LOPA_STATISTICS;
     StateTensors state = LOPA_STATE;
-    const RoundConfig config = LOPA_CONFIG;
-    StepOperators call(op, std::move(state), config);
-    call.allocate();
-    call.run_from_stats(std::move(statistics));
-    return call.result();
+    return make("branch_step", std::move(state), LOPA_CONFIG, std::move(statistics));
   }
 
   static void branch_step_out(LOPA_STATISTICS_PARAMETERS, LOPA_STATE_PARAMETERS,
                               LOPA_CONFIG_PARAMETERS, LOPA_NEXT_PARAMETERS,
                               LOPA_RESULT_PARAMETERS) {
-    const char* op = "branch_step_out";
     StatisticsTensors statistics = LOPA_STATISTICS;
     StateTensors state = LOPA_STATE, next = LOPA_NEXT;
     ResultTensors result = LOPA_RESULT;
-    const RoundConfig config = LOPA_CONFIG;
-    StepOperators call(op, std::move(state), config);
-    call.write_to(std::move(next), std::move(result));
-    call.run_from_stats(std::move(statistics));
+    write("branch_step_out", std::move(state), LOPA_CONFIG, std::move(statistics), std::move(next),
+          std::move(result));
   }
 
   static void branch_step_in_place(LOPA_STATISTICS_PARAMETERS, LOPA_STATE_PARAMETERS,
                                    LOPA_CONFIG_PARAMETERS, LOPA_RESULT_PARAMETERS) {
-    const char* op = "branch_step_";
     StatisticsTensors statistics = LOPA_STATISTICS;
     StateTensors state = LOPA_STATE;
     ResultTensors result = LOPA_RESULT;
-    const RoundConfig config = LOPA_CONFIG;
-    StepOperators call(op, std::move(state), config);
-    call.write_in_place(std::move(result));
-    call.run_from_stats(std::move(statistics));
+    update("branch_step_", std::move(state), LOPA_CONFIG, std::move(statistics), std::move(result));
+  }
+
+  // The same with the settings as one text, torch.ops.lopa_eager (lopa_kernels/ops/step/eager.py).
+  static StepTuple lopa_step_eager(LOPA_VOCABULARY_PARAMETERS, LOPA_STATE_PARAMETERS,
+                                   TextHandle text) {
+    StateTensors state = LOPA_STATE;
+    const char* op = "lopa_step";
+    const StepSettings& settings = settings_of(op, text);
+    return make(op, std::move(state), settings.round, LOPA_VOCABULARY(settings.sampling));
+  }
+
+  static void lopa_step_out_eager(LOPA_VOCABULARY_PARAMETERS, LOPA_STATE_PARAMETERS,
+                                  TextHandle text, LOPA_NEXT_PARAMETERS, LOPA_RESULT_PARAMETERS) {
+    StateTensors state = LOPA_STATE, next = LOPA_NEXT;
+    ResultTensors result = LOPA_RESULT;
+    const char* op = "lopa_step_out";
+    const StepSettings& settings = settings_of(op, text);
+    write(op, std::move(state), settings.round, LOPA_VOCABULARY(settings.sampling), std::move(next),
+          std::move(result));
+  }
+
+  static void lopa_step_in_place_eager(LOPA_VOCABULARY_PARAMETERS, LOPA_STATE_PARAMETERS,
+                                       TextHandle text, LOPA_RESULT_PARAMETERS) {
+    StateTensors state = LOPA_STATE;
+    ResultTensors result = LOPA_RESULT;
+    const char* op = "lopa_step_";
+    const StepSettings& settings = settings_of(op, text);
+    update(op, std::move(state), settings.round, LOPA_VOCABULARY(settings.sampling),
+           std::move(result));
+  }
+
+  static StepTuple branch_step_eager(LOPA_STATISTICS_PARAMETERS, LOPA_STATE_PARAMETERS,
+                                     TextHandle text) {
+    StatisticsTensors statistics = LOPA_STATISTICS;
+    StateTensors state = LOPA_STATE;
+    const char* op = "branch_step";
+    return make(op, std::move(state), settings_of(op, text).round, std::move(statistics));
+  }
+
+  static void branch_step_out_eager(LOPA_STATISTICS_PARAMETERS, LOPA_STATE_PARAMETERS,
+                                    TextHandle text, LOPA_NEXT_PARAMETERS, LOPA_RESULT_PARAMETERS) {
+    StatisticsTensors statistics = LOPA_STATISTICS;
+    StateTensors state = LOPA_STATE, next = LOPA_NEXT;
+    ResultTensors result = LOPA_RESULT;
+    const char* op = "branch_step_out";
+    write(op, std::move(state), settings_of(op, text).round, std::move(statistics), std::move(next),
+          std::move(result));
+  }
+
+  static void branch_step_in_place_eager(LOPA_STATISTICS_PARAMETERS, LOPA_STATE_PARAMETERS,
+                                         TextHandle text, LOPA_RESULT_PARAMETERS) {
+    StatisticsTensors statistics = LOPA_STATISTICS;
+    StateTensors state = LOPA_STATE;
+    ResultTensors result = LOPA_RESULT;
+    const char* op = "branch_step_";
+    update(op, std::move(state), settings_of(op, text).round, std::move(statistics),
+           std::move(result));
   }
 
   static std::tuple<Tensor, Tensor, Tensor> needed_rows(
@@ -295,11 +330,34 @@ class StepOperators {
   }
 
  private:
-  StepOperators(const char* op, StateTensors state, const RoundConfig& config)
-      : op_(op),
-        backend_(op, "tokens", device_of(state.tokens)),
-        in_(std::move(state)),
-        config_(config) {
+  // `Inputs` are VocabularyTensors or StatisticsTensors.
+  template <typename Inputs>
+  static StepTuple make(const char* op, StateTensors state, const RoundSettings& settings,
+                        Inputs inputs) {
+    StepOperators call(op, std::move(state), settings);
+    call.allocate();
+    call.run(std::move(inputs));
+    return call.result();
+  }
+
+  template <typename Inputs>
+  static void write(const char* op, StateTensors state, const RoundSettings& settings,
+                    Inputs inputs, StateTensors next, ResultTensors result) {
+    StepOperators call(op, std::move(state), settings);
+    call.write_to(std::move(next), std::move(result));
+    call.run(std::move(inputs));
+  }
+
+  template <typename Inputs>
+  static void update(const char* op, StateTensors state, const RoundSettings& settings,
+                     Inputs inputs, ResultTensors result) {
+    StepOperators call(op, std::move(state), settings);
+    call.write_in_place(std::move(result));
+    call.run(std::move(inputs));
+  }
+
+  StepOperators(const char* op, StateTensors state, const RoundSettings& settings)
+      : op_(op), backend_(op, "tokens", device_of(state.tokens)), in_(std::move(state)) {
     const auto shape = in_.tokens.sizes();
     if (shape.size() != 3) {
       fail(op, "tokens", "shape [B, K, W]", shape_string(shape.data(), shape.size()));
@@ -309,6 +367,7 @@ class StepOperators {
     W_ = shape[2];
     check_at_least(op, "branches of tokens", K_, 1);
     check_at_least(op, "columns of tokens", W_, 1);
+    config_ = make_config(op, settings, K_, W_);
     in_.check(op, "", B_, K_, W_, backend_.device());
   }
 
@@ -349,7 +408,7 @@ class StepOperators {
     point(in_);
   }
 
-  void run_from_logits(const VocabularyTensors& vocabulary) {
+  void run(const VocabularyTensors& vocabulary) {
     const Tensor& logits = vocabulary.logits;
     if (vocabulary.rows) {
       check_tensor(op_, "rows", *vocabulary.rows, ScalarType::Int, {B_, K_, W_}, backend_.device());
@@ -363,7 +422,7 @@ class StepOperators {
     backend_.run_from_logits(op_, view_, vocabulary, config_, output_);
   }
 
-  void run_from_stats(StatisticsTensors statistics) {
+  void run(StatisticsTensors statistics) {
     auto& [token, prob, score] = statistics;
     const Device device = backend_.device();
     check_owned(op_, "", "token", token, ScalarType::Long, {B_, K_, W_}, device);

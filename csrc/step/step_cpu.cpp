@@ -39,7 +39,8 @@ class Cpu {
 
   void run_from_logits(const char* op, const BatchView& view, const VocabularyTensors& vocabulary,
                        const RoundConfig& config, const BatchOutput& output) const {
-    const auto& [logits, rows, seed, step, metric, temperature, top_k, top_p] = vocabulary;
+    const auto& [logits, rows, seed, step, sampled] = vocabulary;
+    const auto& [metric, temperature, top_k, top_p] = sampled;
     const ConfidenceConfig sampling =
         make_confidence_config(op, metric, temperature, top_k, top_p, seed, step);
     const LogitsView logits_view = make_logits_view(op, logits);
@@ -130,4 +131,13 @@ STABLE_TORCH_LIBRARY_IMPL(lopa, CPU, m) {
   m.impl("branch_step_out", TORCH_BOX(&lopa::Operators::branch_step_out));
   m.impl("branch_step_", TORCH_BOX(&lopa::Operators::branch_step_in_place));
   m.impl("needed_rows", TORCH_BOX(&lopa::Operators::needed_rows));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lopa_eager, CPU, m) {
+  m.impl("lopa_step", TORCH_BOX(&lopa::Operators::lopa_step_eager));
+  m.impl("lopa_step_out", TORCH_BOX(&lopa::Operators::lopa_step_out_eager));
+  m.impl("lopa_step_", TORCH_BOX(&lopa::Operators::lopa_step_in_place_eager));
+  m.impl("branch_step", TORCH_BOX(&lopa::Operators::branch_step_eager));
+  m.impl("branch_step_out", TORCH_BOX(&lopa::Operators::branch_step_out_eager));
+  m.impl("branch_step_", TORCH_BOX(&lopa::Operators::branch_step_in_place_eager));
 }

@@ -56,7 +56,8 @@ class Cuda : public CudaCall {
   void run_from_logits(const char* op, const BatchView& view, const VocabularyTensors& vocabulary,
                        const RoundConfig& config, const BatchOutput& output) const {
     check_sizes(op, view, config);
-    const auto& [logits, rows, seed, step, metric, temperature, top_k, top_p] = vocabulary;
+    const auto& [logits, rows, seed, step, sampled] = vocabulary;
+    const auto& [metric, temperature, top_k, top_p] = sampled;
     const LogitsView logits_view = make_logits_view(op, logits, device());
     const Sampling sampling =
         check_sampling(op, metric, temperature, top_k, top_p, seed, step, device());
@@ -171,4 +172,13 @@ STABLE_TORCH_LIBRARY_IMPL(lopa, CUDA, m) {
   m.impl("branch_step_out", TORCH_BOX(&lopa::Operators::branch_step_out));
   m.impl("branch_step_", TORCH_BOX(&lopa::Operators::branch_step_in_place));
   m.impl("needed_rows", TORCH_BOX(&lopa::Operators::needed_rows));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lopa_eager, CUDA, m) {
+  m.impl("lopa_step", TORCH_BOX(&lopa::Operators::lopa_step_eager));
+  m.impl("lopa_step_out", TORCH_BOX(&lopa::Operators::lopa_step_out_eager));
+  m.impl("lopa_step_", TORCH_BOX(&lopa::Operators::lopa_step_in_place_eager));
+  m.impl("branch_step", TORCH_BOX(&lopa::Operators::branch_step_eager));
+  m.impl("branch_step_out", TORCH_BOX(&lopa::Operators::branch_step_out_eager));
+  m.impl("branch_step_", TORCH_BOX(&lopa::Operators::branch_step_in_place_eager));
 }

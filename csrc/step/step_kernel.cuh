@@ -9,22 +9,23 @@ namespace step {
 constexpr int kMostRoundThreads = 512;
 
 // A CTA a sequence.
-__global__ void __launch_bounds__(kMostRoundThreads)
+template <bool kInShared, bool kStaged>
+__global__ void __launch_bounds__(kMostRoundThreads, 1)
     round_kernel(const __grid_constant__ RoundArgs args) {
   extern __shared__ __align__(128) char shared[];
   release_successor();
   wait_for_predecessor();
-  run_round<false>(args, blockIdx.x, false, shared);
+  run_round<false, kInShared, kStaged>(args, blockIdx.x, false, shared);
 }
 
 // `parts` CTAs a sequence. `Merge` is a policy of the vocabulary pass (merge_policies.h).
-template <typename Merge>
-__global__ void __launch_bounds__(confidence::kMergeThreads)
+template <typename Merge, bool kInShared>
+__global__ void __launch_bounds__(Merge::kThreads)
     finish_kernel(const __grid_constant__ FinishArgs args) {
   extern __shared__ __align__(128) char shared[];
   __shared__ bool is_last;
   release_successor();
-  wait_for_predecessor();
+  // The policy waits for the pass; the rows kernel had ended before the pass let this one start.
   const int64_t b = blockIdx.x / args.parts;
   const int64_t begin = args.offsets[b], end = args.offsets[b + 1];
   Merge::merge_rows(args.vocabulary, args.stats, begin, end, blockIdx.x % args.parts, args.parts,
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(confidence::kMergeThreads)
   } else {
     __syncthreads();
   }
-  run_round<true>(args.round, b, end > begin, shared);
+  run_round<true, kInShared, false>(args.round, b, end > begin, shared);
 }
 
 }  // namespace step

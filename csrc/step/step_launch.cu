@@ -1,5 +1,7 @@
 // Grids, memory and instantiations of the kernels of a round.
 #include <algorithm>
+#include <cstdint>
+#include <type_traits>
 
 #include "confidence/merge_policies.h"
 #include "lopa/cuda.h"
@@ -20,9 +22,18 @@ constexpr int64_t kLonelyTokens = 8192;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int round_threads(const BatchView& state, const RoundConfig& config, bool from_logits) {
-  if (from_logits) return confidence::kMergeThreads;
+  if (from_logits) return confidence::kFilterThreads;  // at most
   const bool small = std::max(state.K, config.branches) <= 8 && state.W <= 512;
   return small ? kMostRoundThreads / 2 : kMostRoundThreads;
+}
+
+// Do all sequences' tokens and statistics consist of whole vectors of 16 bytes?
+bool can_stage(const RoundArgs& args) {
+  const ColumnStats& stats = args.stats;
+  const uintptr_t addresses =
+      reinterpret_cast<uintptr_t>(args.state.tokens) | reinterpret_cast<uintptr_t>(stats.token) |
+      reinterpret_cast<uintptr_t>(stats.prob) | reinterpret_cast<uintptr_t>(stats.score);
+  return addresses % 16 == 0 && args.state.K * args.state.W % 4 == 0;
 }
 
 }  // namespace
@@ -85,17 +96,27 @@ void launch_rows(RowsArgs args, cudaStream_t stream) {
 }
 
 void launch_round(const RoundArgs& args, const RoundPlan& plan, cudaStream_t stream) {
-  if (plan.shared_bytes > kOrdinarySharedBytes) {
-    allow_shared_memory<round_kernel>(branch::Workspace::kSharedBytes);
+  auto run = [&]<bool kInShared, bool kStaged>() {
+    constexpr auto kernel = round_kernel<kInShared, kStaged>;
+    if (plan.shared_bytes > kOrdinarySharedBytes) {
+      allow_shared_memory<kernel>(branch::Workspace::kSharedBytes);
+    }
+    launch("round", kernel, dim3(static_cast<unsigned>(args.state.B)), dim3(plan.threads),
+           plan.shared_bytes, stream, true, args);
+  };
+  if (plan.memory_of_sequence > 0) {
+    run.operator()<false, false>();
+  } else if (args.staged && can_stage(args)) {
+    run.operator()<true, true>();
+  } else {
+    run.operator()<true, false>();
   }
-  launch("round", round_kernel, dim3(static_cast<unsigned>(args.state.B)), dim3(plan.threads),
-         plan.shared_bytes, stream, true, args);
 }
 
 void launch_finish(FinishArgs args, const RoundPlan& plan, cudaStream_t stream) {
   const BatchView& state = args.round.state;
-  confidence::with_merge(args.vocabulary, [&]<typename Merge>() {
-    constexpr auto kernel = finish_kernel<Merge>;
+  auto run = [&]<typename Merge, bool kInShared>() {
+    constexpr auto kernel = finish_kernel<Merge, kInShared>;
     const size_t shared = std::max(plan.shared_bytes, Merge::kSharedBytes);
     if (shared > kOrdinarySharedBytes) {
       allow_shared_memory<kernel>(
@@ -103,11 +124,18 @@ void launch_finish(FinishArgs args, const RoundPlan& plan, cudaStream_t stream) 
     }
     // A part merges some rows, and a sequence waits for all its parts: as many as there are rows
     // for, in a few waves of CTAs. A policy without shared memory merges a row with a warp.
-    constexpr int64_t kRows = Merge::kSharedBytes == 0 ? 32 : 4;
+    constexpr int64_t kRows = Merge::kSharedBytes == 0 ? 8 : 4;
     const int64_t most = std::max<int64_t>(1, int64_t{4} * multiprocessors() / state.B);
     args.parts = static_cast<int>(std::clamp<int64_t>(ceil_div(state.K * state.W, kRows), 1, most));
     launch("merge and round", kernel, dim3(static_cast<unsigned>(state.B * args.parts)),
-           dim3(confidence::kMergeThreads), shared, stream, true, args);
+           dim3(Merge::kThreads), shared, stream, args.vocabulary.logits.rows > 0, args);
+  };
+  confidence::with_merge(args.vocabulary, [&]<typename Merge>() {
+    // Merges that take longer than a round have it in one version, to keep the library small.
+    if constexpr (std::is_same_v<Merge, confidence::GreedyMerge>) {
+      if (plan.memory_of_sequence == 0) return run.template operator()<Merge, true>();
+    }
+    run.template operator()<Merge, false>();
   });
 }
 

@@ -12,6 +12,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "lopa/float_types.h"
@@ -81,16 +82,27 @@ struct TextHandle {
   StringHandle handle;
 };
 
-// The string, whose handle is given back.
-inline std::string take_text(TextHandle text) {
-  size_t length = 0;
-  const char* characters = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(text.handle, &length));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(text.handle, &characters));
-  std::string copy(characters, length);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(text.handle));
-  return copy;
-}
+// The characters of such an argument, which is given back with its owner.
+class OwnedText {
+ public:
+  explicit OwnedText(TextHandle given) : handle_(given.handle) {}
+  OwnedText(const OwnedText&) = delete;
+  OwnedText& operator=(const OwnedText&) = delete;
+  ~OwnedText() { torch_delete_string(handle_); }
+
+  std::string_view view() const {
+    size_t length = 0;
+    const char* characters = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &characters));
+    return {characters, length};
+  }
+
+ private:
+  StringHandle handle_;
+};
+
+inline std::string take_text(TextHandle text) { return std::string(OwnedText(text).view()); }
 
 // A tensor with one owner, for operators of many small tensors: `Tensor` allocates a shared count
 // for each that comes in, and that and a second handle for each that goes out. A kernel takes and

@@ -10,9 +10,9 @@ few kernels.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
+import math
 import struct
 from typing import Any
 
@@ -21,6 +21,16 @@ import triton
 import triton.language as tl
 
 from lopa_kernels._dispatch import implements_triton
+from lopa_kernels._triton import (
+    MAX_WINDOW,
+    check_at_least,
+    check_share,
+    check_tensor,
+    fail,
+    launch_options,
+    on_device,
+    power_of_two,
+)
 from lopa_kernels.config import ACCEPTS, FALLBACKS, REDUCTIONS
 
 # Above every column, and below the key of every score.
@@ -31,10 +41,13 @@ BOTTOM = tl.constexpr(REDUCTIONS.index("bottom"))
 GROUP = tl.constexpr(REDUCTIONS.index("group"))
 MIN = tl.constexpr(REDUCTIONS.index("min"))
 
-# Elements of a tile that one thread holds, roughly; counts of columns are added up 16 bits wide.
-ELEMENTS_PER_THREAD = 8
-MAX_WARPS = 16
-MAX_WINDOW = 32768
+
+@triton.jit
+def begin(DEPENDENT: tl.constexpr) -> None:
+    """Waits for the kernels before this one, if it was launched before they ended."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -119,7 +132,7 @@ def reduce_scores(
 @triton.jit
 def blend(creation: tl.tensor, reduced: tl.tensor, alpha: tl.tensor) -> Any:
     """C = alpha * creation + (1 - alpha) * F; a term of weight 0 is left out, infinite or not."""
-    other = creation.to(tl.float64)
+    other = rankable(creation).to(tl.float64)
     mixed = alpha * other + (1.0 - alpha) * reduced
     return tl.where(alpha <= 0.0, reduced, tl.where(alpha >= 1.0, other, mixed)).to(tl.float32)
 
@@ -221,9 +234,7 @@ def _branch_confidence_kernel(
     WINDOW: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    begin(DEPENDENT)
     i = tl.program_id(0).to(tl.int64)
     columns = window
     if HAS_LENGTH:
@@ -279,9 +290,7 @@ def _select_positions_kernel(
     LOOKAHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    begin(DEPENDENT)
     b = tl.program_id(0).to(tl.int64)
     columns = tl.load(length + b)
     # The CPU raises; here such a sequence selects nothing.
@@ -341,9 +350,7 @@ def _spawn_branches_kernel(
     LOOKAHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    begin(DEPENDENT)
     b = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1)
     rank = tl.arange(0, LOOKAHEAD)
@@ -366,40 +373,6 @@ def _spawn_branches_kernel(
     is_eos = (eos_id >= 0) & (own_token == eos_id)
     tl.store(out_eos + row, (has_eos & (k < live)) | (is_eos & spawned))
     tl.store(out_branches + b, live, k == 0)
-
-
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
-    device: Any = torch.get_device_module(tensor.device)
-    return device.device(tensor.device)
-
-
-@functools.cache
-def dependent(device: torch.device) -> bool:
-    """Has the device programmatic dependent launch? A kernel then waits for those before it."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def launch_options(device: torch.device, elements: int) -> dict[str, Any]:
-    """Of a kernel that waits for its predecessors, for a tile of so many elements."""
-    options: dict[str, Any] = {"num_warps": warps(elements), "DEPENDENT": dependent(device)}
-    if options["DEPENDENT"]:
-        options["launch_pdl"] = True
-    return options
-
-
-def warps(elements: int) -> int:
-    """Warps for a tile of so many elements."""
-    return min(max(elements // (32 * ELEMENTS_PER_THREAD), 1), MAX_WARPS)
-
-
-def power_of_two(n: int) -> int:
-    """The least that is not below `n`; Triton's tiles are powers of two."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def block_tile(block_size: int, window: int) -> tuple[int, int]:
@@ -430,9 +403,38 @@ def reduction_code(reduction: str, fraction: float) -> int:
     return REDUCTIONS.index("mean" if reduction == "bottom" and fraction >= 1.0 else reduction)
 
 
-def check_window(op: str, window: int) -> None:
-    if window > MAX_WINDOW:
-        raise RuntimeError(f"{op}: window: expected at most {MAX_WINDOW} columns, got {window}")
+def check_window(op: str, name: str, columns: int) -> None:
+    if columns > MAX_WINDOW:
+        fail(op, name, f"at most {MAX_WINDOW} columns", columns)
+
+
+@functools.lru_cache
+def check_reduction(
+    op: str, reduction: str, fraction: float, group: int | None, alpha: float
+) -> None:
+    if reduction not in REDUCTIONS:
+        fail(op, "reduction", "mean, bottom, group or min", reduction)
+    if reduction == "group" and group is None:
+        fail(op, "group", "a number of columns with reduction=group", "none")
+    if not 0.0 < fraction <= 1.0:
+        fail(op, "fraction", "a number in (0, 1]", f"{fraction:g}")
+    if group is not None:
+        check_at_least(op, "group", group, 1)
+    check_share(op, "alpha", alpha)
+
+
+@functools.lru_cache
+def check_selection(
+    op: str, tau_conf: float, tau_act: float, block_size: int, accept: str, fallback: str
+) -> None:
+    check_at_least(op, "block_size", block_size, 1)
+    check_share(op, "tau_act", tau_act)
+    if math.isnan(tau_conf):
+        fail(op, "tau_conf", "a number", "NaN")
+    if accept not in ACCEPTS:
+        fail(op, "accept", "prob or score", accept)
+    if fallback not in FALLBACKS:
+        fail(op, "fallback", "block or window", fallback)
 
 
 @implements_triton("branch_confidence")
@@ -447,8 +449,20 @@ def branch_confidence(
     group: int | None = None,
     alpha: float = 0.0,
 ) -> torch.Tensor:
+    op = "branch_confidence"
+    check_reduction(op, reduction, fraction, group, alpha)
+    if score.dim() != 3:
+        fail(op, "score", "shape [B, K, W]", list(score.shape))
     batch, slots, window = score.shape
-    check_window("branch_confidence", window)
+    device = score.device
+    check_tensor(op, "score", score, torch.float32, (batch, slots, window), device)
+    check_tensor(op, "open", open, torch.bool, (batch, slots, window), device)
+    check_tensor(op, "creation", creation, torch.float32, (batch, slots), device)
+    if branches is not None:
+        check_tensor(op, "branches", branches, torch.int32, (batch,), device)
+    if length is not None:
+        check_tensor(op, "length", length, torch.int32, (batch, slots), device)
+    check_window(op, "score", window)
     score, open, creation = score.contiguous(), open.contiguous(), creation.contiguous()
     out = torch.empty_like(creation)
     if out.numel() == 0:
@@ -474,7 +488,7 @@ def branch_confidence(
             REDUCTION=reduction_code(reduction, fraction),
             WINDOW=columns,
             enable_fp_fusion=False,
-            **launch_options(score.device, columns),
+            **launch_options(device, columns),
         )
     return out
 
@@ -496,12 +510,25 @@ def select_positions(
     accept: str,
     fallback: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    op = "select_positions"
+    if tokens.dim() != 2:
+        fail(op, "tokens", "shape [B, W]", list(tokens.shape))
     batch, window = tokens.shape
-    check_window("select_positions", window)
+    device = tokens.device
     inputs = (token, prob, score, tokens, length, cache_len, prompt_len)
-    fill = torch.empty((batch, window), dtype=torch.bool, device=tokens.device)
-    columns = torch.empty((batch, lookahead), dtype=torch.int32, device=tokens.device)
-    filled = torch.empty((batch,), dtype=torch.int32, device=tokens.device)
+    check_tensor(op, "tokens", tokens, torch.int64, (batch, window), device)
+    check_tensor(op, "token", token, torch.int64, (batch, window), device)
+    check_tensor(op, "prob", prob, torch.float32, (batch, window), device)
+    check_tensor(op, "score", score, torch.float32, (batch, window), device)
+    check_tensor(op, "length", length, torch.int32, (batch,), device)
+    check_tensor(op, "cache_len", cache_len, torch.int32, (batch,), device)
+    check_tensor(op, "prompt_len", prompt_len, torch.int32, (batch,), device)
+    check_at_least(op, "lookahead", lookahead, 0)
+    check_selection(op, tau_conf, tau_act, block_size, accept, fallback)
+    check_window(op, "tokens", window)
+    fill = torch.empty((batch, window), dtype=torch.bool, device=device)
+    columns = torch.empty((batch, lookahead), dtype=torch.int32, device=device)
+    filled = torch.empty((batch,), dtype=torch.int32, device=device)
     if batch == 0:
         return fill, columns, filled
     blocks, span = block_tile(block_size, window)
@@ -522,7 +549,7 @@ def select_positions(
             BLOCKS=blocks,
             SPAN=span,
             LOOKAHEAD=power_of_two(lookahead),
-            **launch_options(tokens.device, blocks * span),
+            **launch_options(device, blocks * span),
         )
     return fill, columns, filled
 
@@ -536,11 +563,21 @@ def spawn_branches(
     columns: torch.Tensor,
     eos_id: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    op = "spawn_branches"
+    if tokens.dim() != 2:
+        fail(op, "tokens", "shape [B, W]", list(tokens.shape))
+    if columns.dim() != 2:
+        fail(op, "columns", "shape [B, K - 1]", list(columns.shape))
     batch, window = tokens.shape
-    check_window("spawn_branches", window)
     slots = columns.shape[1] + 1
-    inputs = (tokens, eos, token, score, columns)
     device = tokens.device
+    inputs = (tokens, eos, token, score, columns)
+    check_tensor(op, "tokens", tokens, torch.int64, (batch, window), device)
+    check_tensor(op, "eos", eos, torch.bool, (batch,), device)
+    check_tensor(op, "token", token, torch.int64, (batch, window), device)
+    check_tensor(op, "score", score, torch.float32, (batch, window), device)
+    check_tensor(op, "columns", columns, torch.int32, (batch, slots - 1), device)
+    check_window(op, "tokens", window)
     out_tokens = torch.empty((batch, slots, window), dtype=torch.int64, device=device)
     creation = torch.empty((batch, slots), dtype=torch.float32, device=device)
     out_eos = torch.empty((batch, slots), dtype=torch.bool, device=device)

@@ -16,7 +16,7 @@ from lopa_kernels._checks import (
     check_shape,
     check_unit_stride,
 )
-from lopa_kernels._dispatch import implementation, native
+from lopa_kernels._dispatch import eager, implementation, native, plain_call
 from lopa_kernels._interop import accepts_dlpack
 from lopa_kernels.ops.confidence import fake, reference
 
@@ -34,6 +34,7 @@ __all__ = [
 METRICS = ("prob", "margin", "neg_entropy")
 
 native("token_confidence", "token_confidence_out", "softmax_stats")
+eager("token_confidence", "token_confidence_out", "softmax_stats")
 
 
 class TokenConfidence(NamedTuple):
@@ -170,6 +171,13 @@ def token_confidence(
         ValueError: a shape, stride, device or option is wrong; the message names the argument.
     """
     op = "token_confidence"
+    plain = plain_call(op, logits, backend)
+    if plain is not None:
+        try:
+            made = plain(logits, rows, seed, step, metric, temperature, top_k, top_p)
+            return tuple.__new__(TokenConfidence, made)
+        except RuntimeError:
+            pass  # worded below
     _check(op, logits, rows, seed, step, metric, temperature, top_k, top_p)
     run = implementation(op, logits.device.type, backend)
     return TokenConfidence(*run(logits, rows, seed, step, metric, float(temperature), top_k, top_p))
@@ -197,6 +205,13 @@ def token_confidence_out(
         TypeError, ValueError: as :func:`token_confidence`, for the tensors of `out` too.
     """
     op = "token_confidence_out"
+    plain = plain_call(op, logits, backend)
+    if plain is not None:
+        try:
+            plain(logits, rows, seed, step, metric, temperature, top_k, top_p, *out)
+            return
+        except RuntimeError:
+            pass  # worded below
     _check(op, logits, rows, seed, step, metric, temperature, top_k, top_p)
     shape = logits.shape[:-1] if rows is None else rows.shape
     for name, tensor in zip(TokenConfidence._fields, out, strict=True):
@@ -243,6 +258,13 @@ def softmax_stats(
         Tensors of shape logits.shape[:-1], or rows.shape: token int64, the others fp32.
     """
     op = "softmax_stats"
+    plain = plain_call(op, logits, backend)
+    if plain is not None:
+        try:
+            made = plain(logits, rows, seed, step, temperature, top_k, top_p)
+            return tuple.__new__(SoftmaxStats, made)
+        except RuntimeError:
+            pass  # worded below
     _check(op, logits, rows, seed, step, "prob", temperature, top_k, top_p)
     run = implementation(op, logits.device.type, backend)
     return SoftmaxStats(*run(logits, rows, seed, step, float(temperature), top_k, top_p))

@@ -9,18 +9,27 @@ or on alignment.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from lopa_kernels._checks import check_device, check_dtype, check_shape
 from lopa_kernels._dispatch import implements_triton
-from lopa_kernels.ops import confidence
+from lopa_kernels._triton import (
+    MAX_INT32,
+    check_at_least,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_tensor,
+    dependent,
+    fail,
+    on_device,
+)
+from lopa_kernels.ops.confidence import METRICS
 from lopa_kernels.ops.confidence.triton_filter import GROUP, SMALLEST_EXPONENT, sanitized
 from lopa_kernels.ops.confidence.triton_merge import (
     EVERYTHING,
@@ -35,7 +44,7 @@ from lopa_kernels.ops.confidence.triton_merge import (
     offset_of,
 )
 
-__all__ = ["vocabulary_statistics"]
+__all__ = ["check_vocabulary", "vocabulary_statistics"]
 
 # The careful way through a tile goes in steps of this.
 _STEP = tl.constexpr(256)
@@ -220,22 +229,59 @@ class _Device(NamedTuple):
 
 @functools.cache
 def _device(device: torch.device) -> _Device:
+    multiprocessors = 1
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return _Device(
-            properties.multi_processor_count, torch.version.hip is None and properties.major >= 9
-        )
-    if device.type == "xpu":
-        return _Device(torch.xpu.get_device_properties(device).max_compute_units, False)
-    return _Device(1, False)
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    elif device.type == "xpu":
+        multiprocessors = torch.xpu.get_device_properties(device).max_compute_units
+    return _Device(multiprocessors, dependent(device))
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if device.type == "cuda":
-        return torch.cuda.device(device)
-    if device.type == "xpu":
-        return torch.xpu.device(device)
-    return contextlib.nullcontext()
+@functools.lru_cache
+def _check_options(
+    op: str, metric: str, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    if metric not in METRICS:
+        fail(op, "metric", f"one of {', '.join(METRICS)}", metric)
+    if not 0 <= temperature < math.inf:
+        fail(op, "temperature", "a finite number >= 0", f"{temperature:g}")
+    if top_k is not None:
+        check_at_least(op, "top_k", top_k, 1)
+    if top_p is not None and not 0 < top_p <= 1:
+        fail(op, "top_p", "a number in (0, 1]", f"{top_p:g}")
+
+
+def check_vocabulary(
+    op: str,
+    device: torch.device,
+    logits: torch.Tensor,
+    rows: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    step: torch.Tensor | None,
+    metric: str,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    """Raises RuntimeError for what the kernels cannot work on."""
+    if rows is not None:
+        check_device(op, "rows", rows, device)
+        check_dtype(op, "rows", rows, torch.int32)
+    check_device(op, "logits", logits, device)
+    check_floating(op, "logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] < 1:
+        fail(op, "logits", "shape [..., V] with V >= 1", f"shape {list(logits.shape)}")
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        fail(op, "logits", "unit stride in the last dimension", f"stride {logits.stride(-1)}")
+    _check_options(op, metric, temperature, top_k, top_p)
+    if temperature > 0 and seed is None:
+        fail(op, "seed", "an int64 tensor, since temperature > 0", "None")
+    for name, tensor in (("seed", seed), ("step", step)):
+        if tensor is not None:
+            check_device(op, name, tensor, device)
+            check_dtype(op, name, tensor, torch.int64)
+            if tensor.numel() != 1:
+                fail(op, name, "one element", f"shape {list(tensor.shape)}")
 
 
 def _run(
@@ -258,11 +304,9 @@ def _run(
     if capacity == 0:
         return
     tiles = triton.cdiv(vocab, TILE.value)
-    if max(vocab, table_rows, capacity * tiles) >= 2**31:
-        raise ValueError(
-            f"{op}: logits: expected less than 2^31 rows times tiles of {TILE.value} tokens, got "
-            f"shape {list(logits.shape)} and {capacity} rows to evaluate"
-        )
+    if max(vocab, table_rows, capacity * tiles) > MAX_INT32:
+        expected = f"less than 2^31 rows times tiles of {TILE.value} tokens"
+        fail(op, "logits", expected, f"shape {list(logits.shape)} and {capacity} rows")
     greedy_limit = vocab if top_k is None else min(top_k, vocab)
     nucleus = top_p is not None and top_p < 1
     filtered = nucleus or greedy_limit < vocab
@@ -299,7 +343,7 @@ def _run(
     launch = {"enable_fp_fusion": False}
     if device.dependent:
         launch["launch_pdl"] = True
-    with _on(logits.device):
+    with on_device(logits):
         _scan_kernel[(scan_programs,)](
             logits,
             *partials,
@@ -354,6 +398,7 @@ def _run(
 
 
 def vocabulary_statistics(
+    op: str,
     logits: torch.Tensor,
     rows: torch.Tensor | None,
     count: torch.Tensor | None,
@@ -365,7 +410,7 @@ def vocabulary_statistics(
     top_k: int | None,
     top_p: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Statistics of a list of rows that the device made, for `lopa_step`.
+    """Statistics of a list of rows that the device made, for `op`, which has checked the arguments.
 
     Args:
         logits: [..., V], seen as R rows.
@@ -377,8 +422,6 @@ def vocabulary_statistics(
         triton_merge), all [capacity]; positions from `count` on are not written. A row outside
         [0, R) is missing: it gives (0, 0, -inf).
     """
-    op = "lopa_step"
-    confidence._check(op, logits, rows, seed, step, metric, temperature, top_k, top_p)
     dtypes = (torch.int64, torch.float32, torch.float32, torch.uint8)
     token, prob, score, flags = (
         torch.empty(capacity, dtype=dtype, device=logits.device) for dtype in dtypes
@@ -408,7 +451,7 @@ def _token_confidence(
     top_p: float | None = None,
 ) -> tuple[torch.Tensor, ...]:
     op = "token_confidence"
-    confidence._check(op, logits, rows, seed, step, metric, temperature, top_k, top_p)
+    check_vocabulary(op, logits.device, logits, rows, seed, step, metric, temperature, top_k, top_p)
     outputs = _empty_outputs(logits, rows, 2)
     out = _Outputs(*outputs)
     _run(op, logits, rows, None, seed, step, metric, temperature, top_k, top_p, out)
@@ -431,13 +474,12 @@ def _token_confidence_out(
     score: torch.Tensor,
 ) -> None:
     op = "token_confidence_out"
-    confidence._check(op, logits, rows, seed, step, metric, temperature, top_k, top_p)
+    check_vocabulary(op, logits.device, logits, rows, seed, step, metric, temperature, top_k, top_p)
     shape = logits.shape[:-1] if rows is None else rows.shape
     out = _Outputs(token, prob, score)
-    for name, tensor in (("token", token), ("prob", prob), ("score", score)):
-        check_dtype(op, name, tensor, torch.int64 if name == "token" else torch.float32)
-        check_device(op, name, tensor, logits.device)
-        check_shape(op, name, tensor, shape)
+    dtypes = (torch.int64, torch.float32, torch.float32)
+    for fields in zip(("token", "prob", "score"), (token, prob, score), dtypes, strict=True):
+        check_tensor(op, *fields, shape, logits.device)
     _run(op, logits, rows, None, seed, step, metric, temperature, top_k, top_p, out)
 
 
@@ -452,7 +494,7 @@ def _softmax_stats(
     top_p: float | None = None,
 ) -> tuple[torch.Tensor, ...]:
     op = "softmax_stats"
-    confidence._check(op, logits, rows, seed, step, "prob", temperature, top_k, top_p)
+    check_vocabulary(op, logits.device, logits, rows, seed, step, "prob", temperature, top_k, top_p)
     outputs = _empty_outputs(logits, rows, 4)
     out = _Outputs(*outputs)
     _run(op, logits, rows, None, seed, step, "everything", temperature, top_k, top_p, out)

@@ -19,9 +19,27 @@ from lopa_kernels.ops.kv_cache import reference as _reference
 
 __all__ = ["kv_commit_", "kv_prewrite_", "qkv_prewrite_"]
 
-_dispatch.native(
-    "kv_prewrite_", "kv_prewrite_direct_", "qkv_prewrite_", "qkv_prewrite_direct_", "kv_commit_"
+_OPERATORS = (
+    "kv_prewrite_",
+    "kv_prewrite_direct_",
+    "qkv_prewrite_",
+    "qkv_prewrite_direct_",
+    "kv_commit_",
 )
+_dispatch.native(*_OPERATORS)
+_dispatch.eager("kv_prewrite_", "qkv_prewrite_", "kv_commit_")
+
+
+def _run_plain(op: str, like: torch.Tensor, backend: str | None, *arguments: object) -> bool:
+    """Whether a plain call has done it (see :func:`_dispatch.plain_call`)."""
+    run = _dispatch.plain_call(op, like, backend)
+    if run is None:
+        return False
+    try:
+        run(*arguments)
+    except RuntimeError:
+        return False  # worded by the checks, or raised once more
+    return True
 
 
 class _Checker:
@@ -155,6 +173,11 @@ def kv_prewrite_(
             a GPU a sequence with a position past `cos_sin` is dropped.)
     """
     op = "kv_prewrite_"
+    two_phase = not direct and k_cache is v_cache is commit_len is status is None
+    if two_phase and _run_plain(
+        op, k_window, backend, k_window, v_window, layer, k, v, cos_sin, cache_len
+    ):
+        return
     check = _Checker(op, k_window, backend)
     layers, batch, branches, window, kv_heads, head_dim = k_window.shape
     check.tensor("v_window", v_window, (layers, batch, branches, window, kv_heads, head_dim))
@@ -212,6 +235,20 @@ def qkv_prewrite_(
         TypeError, ValueError, RuntimeError: as :func:`kv_prewrite_`.
     """
     op = "qkv_prewrite_"
+    plain = _dispatch.plain_call(op, k_window, backend)
+    two_phase = not direct and k_cache is v_cache is commit_len is status is None
+    known = num_heads > 0 and k_window.dim() == 6 and qkv.dim() in (4, 5)
+    if plain is not None and two_phase and known:
+        head_dim, packed, rotated = k_window.shape[5], qkv, q
+        if qkv.dim() == 4 and qkv.shape[3] % max(head_dim, 1) == 0 < qkv.shape[3]:
+            packed = qkv.unflatten(3, (-1, head_dim))
+        if rotated is None:
+            rotated = packed.new_empty((*packed.shape[:3], num_heads, head_dim))
+        try:
+            plain(rotated, k_window, v_window, layer, packed, cos_sin, cache_len)
+            return rotated
+        except RuntimeError:
+            pass  # worded by the checks, or raised once more
     check = _Checker(op, k_window, backend)
     layers, batch, branches, window, kv_heads, head_dim = k_window.shape
     check.tensor("v_window", v_window, (layers, batch, branches, window, kv_heads, head_dim))
@@ -279,6 +316,9 @@ def kv_commit_(
             sequence, length and capacity, and nothing has been written.
     """
     op = "kv_commit_"
+    lengths = (winner, cache_len, commit_len)
+    if _run_plain(op, k_window, backend, k_cache, v_cache, k_window, v_window, *lengths, status):
+        return
     check = _Checker(op, k_window, backend)
     layers, batch, branches, window, kv_heads, head_dim = k_window.shape
     check.tensor("v_window", v_window, (layers, batch, branches, window, kv_heads, head_dim))

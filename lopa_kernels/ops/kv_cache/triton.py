@@ -7,8 +7,6 @@ Lengths, winners and faults are read on the device; grids follow from shapes alo
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import triton
@@ -16,6 +14,14 @@ import triton.language as tl
 
 from lopa_kernels import _dispatch
 from lopa_kernels._dispatch import implements_triton
+from lopa_kernels._triton import (
+    check_floating,
+    check_rank,
+    check_tensor,
+    fail,
+    on_device,
+    power_of_two,
+)
 from lopa_kernels.status import Status
 
 _BAD_STATE = tl.constexpr(int(Status.BAD_STATE))
@@ -30,13 +36,6 @@ _TILE = 32768 if _dispatch.interpreted() else 4096
 _PROGRAMS = 8
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes the device current, which Triton launches on."""
-    if device.type == "cpu":
-        return nullcontext()
-    return torch.get_device_module(device).device(device)
-
-
 @functools.cache
 def _programs(device: torch.device) -> int:
     """How many programs fill the device."""
@@ -46,8 +45,54 @@ def _programs(device: torch.device) -> int:
     return _PROGRAMS * getattr(properties, "multi_processor_count", 64)
 
 
-def _pow2(value: int) -> int:
-    return triton.next_power_of_2(max(value, 1))
+class _Checker:
+    """Checks of one call: everything is held to the dtype and device of `k_window`."""
+
+    def __init__(self, op: str, k_window: torch.Tensor, v_window: torch.Tensor) -> None:
+        self.op = op
+        check_floating(op, "k_window", k_window)
+        check_rank(op, "k_window", k_window, 6)
+        self.dtype, self.device, self.shape = k_window.dtype, k_window.device, k_window.shape
+        self.unit_stride("k_window", k_window)
+        self.rows("v_window", v_window, self.shape)
+
+    def unit_stride(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            strides = f"strides {list(tensor.stride())}"
+            fail(self.op, name, "unit stride in the last dimension", strides)
+
+    def rows(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+        check_tensor(self.op, name, tensor, self.dtype, shape, self.device)
+        self.unit_stride(name, tensor)
+
+    def caches(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+        check_rank(self.op, "k_cache", k_cache, 5)
+        shape = (*self.shape[:2], k_cache.shape[2], *self.shape[4:])
+        self.rows("k_cache", k_cache, shape)
+        self.rows("v_cache", v_cache, shape)
+
+    def lengths(self, name: str, tensor: torch.Tensor | None) -> None:
+        if tensor is not None:
+            shape = (self.shape[1],)
+            check_tensor(self.op, name, tensor, torch.int32, shape, self.device)
+
+    def layer(self, layer: int) -> None:
+        if not 0 <= layer < self.shape[0]:
+            fail(self.op, "layer", f"0 to {self.shape[0] - 1}", layer)
+
+    def rotation(self, cos_sin: torch.Tensor | None, cache_len: torch.Tensor | None) -> None:
+        self.lengths("cache_len", cache_len)
+        if cos_sin is None:
+            return
+        head_dim = self.shape[5]
+        if cache_len is None:
+            fail(self.op, "cache_len", "a tensor, since cos_sin is given", "None")
+        if head_dim % 2 != 0:
+            fail(self.op, "cos_sin", "None, since the head dimension is odd", head_dim)
+        check_rank(self.op, "cos_sin", cos_sin, 2)
+        shape = (cos_sin.shape[0], head_dim)
+        check_tensor(self.op, "cos_sin", cos_sin, torch.float32, shape, self.device)
+        self.unit_stride("cos_sin", cos_sin)
 
 
 @triton.jit
@@ -140,6 +185,12 @@ def kv_commit_(
     commit_len: torch.Tensor,
     status: torch.Tensor | None = None,
 ) -> None:
+    check = _Checker("kv_commit_", k_window, v_window)
+    check.caches(k_cache, v_cache)
+    for name, lengths in (
+        ("winner", winner), ("cache_len", cache_len), ("commit_len", commit_len), ("status", status)
+    ):  # fmt: skip
+        check.lengths(name, lengths)
     layers, batch, branches, window, kv_heads, head_dim = k_window.shape
     capacity = k_cache.shape[2]
     if batch == 0:
@@ -152,13 +203,13 @@ def kv_commit_(
     units = 2 * layers
     if k_window.numel() == 0:  # one program looks after the status words
         rows, row, units = 1, 0, 1
-    block = min(_pow2(row), 1024)
+    block = min(power_of_two(row), 1024)
     chunks = max(triton.cdiv(row, block), 1)
     items = _TILE // block
     tiles = batch * triton.cdiv(min(window, capacity) * rows * chunks, items)
     device = k_window.device
     parts = max(min(tiles, _programs(device) // units), 1)
-    with _on(device):
+    with on_device(k_window):
         _commit_kernel[(parts, units)](
             k_cache, v_cache, k_window, v_window,
             winner.contiguous(), cache_len.contiguous(), commit_len.contiguous(),
@@ -166,7 +217,7 @@ def kv_commit_(
             *k_cache.stride()[:4], *v_cache.stride()[:4],
             *k_window.stride()[:5], *v_window.stride()[:5],
             batch, branches, window, capacity,
-            ROWS=rows, ROW=row, CHUNKS=chunks, BLOCK=block, ITEMS=items, BATCH=_pow2(batch),
+            ROWS=rows, ROW=row, CHUNKS=chunks, BLOCK=block, ITEMS=items, BATCH=power_of_two(batch),
         )  # fmt: skip
 
 
@@ -312,6 +363,7 @@ def _prewrite_kernel(
 
 
 def _prewrite(
+    check: _Checker,
     q_out: torch.Tensor | None,
     k_window: torch.Tensor,
     v_window: torch.Tensor,
@@ -324,11 +376,17 @@ def _prewrite(
     commit_len: torch.Tensor | None = None,
     status: torch.Tensor | None = None,
 ) -> None:
+    check.layer(layer)
+    check.rotation(cos_sin, cache_len)
+    if k_cache is not None and v_cache is not None:
+        check.caches(k_cache, v_cache)
+        check.lengths("commit_len", commit_len)
+        check.lengths("status", status)
     _, batch, branches, window, kv_heads, head_dim = k_window.shape
     q, k, v = rows
     q_heads = 0 if q is None else q.shape[3]
     half = head_dim if cos_sin is None else head_dim // 2
-    block = _pow2(half)
+    block = power_of_two(half)
     rows_of_tile = max(_TILE // 2 // block, 1)
     columns = window if branches * head_dim > 0 else 0
     q_tiles = triton.cdiv(columns * q_heads, rows_of_tile)
@@ -342,7 +400,7 @@ def _prewrite(
     def strides(tensor: torch.Tensor | None, count: int) -> tuple[int, ...]:
         return (0,) * count if tensor is None else tensor.stride()[:count]
 
-    with _on(k_window.device):
+    with on_device(k_window):
         # Products and sums round one by one, as on the CPU: the same bits.
         _prewrite_kernel[(programs,)](
             q_out, k_window, v_window, k_cache, v_cache, layer, q, k, v, cos_sin,
@@ -359,6 +417,28 @@ def _prewrite(
         )  # fmt: skip
 
 
+def _separate(
+    k_window: torch.Tensor, v_window: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[_Checker, tuple[None, torch.Tensor, torch.Tensor]]:
+    check = _Checker("kv_prewrite_", k_window, v_window)
+    check.rows("k", k, check.shape[1:])
+    check.rows("v", v, check.shape[1:])
+    return check, (None, k, v)
+
+
+def _packed(
+    q: torch.Tensor, k_window: torch.Tensor, v_window: torch.Tensor, qkv: torch.Tensor
+) -> tuple[_Checker, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    check = _Checker("qkv_prewrite_", k_window, v_window)
+    check_rank(check.op, "q", q, 5)
+    q_heads, kv_heads = q.shape[3], k_window.shape[4]
+    *leading, _, head_dim = check.shape[1:]
+    check.rows("q", q, (*leading, q_heads, head_dim))
+    check.rows("qkv", qkv, (*leading, q_heads + 2 * kv_heads, head_dim))
+    query, key, value = qkv.split([q_heads, kv_heads, kv_heads], dim=3)
+    return check, (query, key, value)
+
+
 @implements_triton("kv_prewrite_")
 def kv_prewrite_(
     k_window: torch.Tensor,
@@ -369,7 +449,8 @@ def kv_prewrite_(
     cos_sin: torch.Tensor | None = None,
     cache_len: torch.Tensor | None = None,
 ) -> None:
-    _prewrite(None, k_window, v_window, layer, (None, k, v), cos_sin, cache_len)
+    check, rows = _separate(k_window, v_window, k, v)
+    _prewrite(check, None, k_window, v_window, layer, rows, cos_sin, cache_len)
 
 
 @implements_triton("kv_prewrite_direct_")
@@ -386,17 +467,11 @@ def kv_prewrite_direct_(
     cos_sin: torch.Tensor | None = None,
     status: torch.Tensor | None = None,
 ) -> None:
+    check, rows = _separate(k_window, v_window, k, v)
     _prewrite(
-        None, k_window, v_window, layer, (None, k, v), cos_sin, cache_len,
+        check, None, k_window, v_window, layer, rows, cos_sin, cache_len,
         k_cache, v_cache, commit_len, status,
     )  # fmt: skip
-
-
-def _unpack(
-    qkv: torch.Tensor, q_heads: int, kv_heads: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    query, key, value = qkv.split([q_heads, kv_heads, kv_heads], dim=3)
-    return query, key, value
 
 
 @implements_triton("qkv_prewrite_")
@@ -409,8 +484,8 @@ def qkv_prewrite_(
     cos_sin: torch.Tensor,
     cache_len: torch.Tensor,
 ) -> None:
-    rows = _unpack(qkv, q.shape[3], k_window.shape[4])
-    _prewrite(q, k_window, v_window, layer, rows, cos_sin, cache_len)
+    check, rows = _packed(q, k_window, v_window, qkv)
+    _prewrite(check, q, k_window, v_window, layer, rows, cos_sin, cache_len)
 
 
 @implements_triton("qkv_prewrite_direct_")
@@ -427,7 +502,8 @@ def qkv_prewrite_direct_(
     commit_len: torch.Tensor,
     status: torch.Tensor | None = None,
 ) -> None:
-    rows = _unpack(qkv, q.shape[3], k_window.shape[4])
+    check, rows = _packed(q, k_window, v_window, qkv)
     _prewrite(
-        q, k_window, v_window, layer, rows, cos_sin, cache_len, k_cache, v_cache, commit_len, status
-    )
+        check, q, k_window, v_window, layer, rows, cos_sin, cache_len,
+        k_cache, v_cache, commit_len, status,
+    )  # fmt: skip

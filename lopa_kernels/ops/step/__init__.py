@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from lopa_kernels._checks import (
 )
 from lopa_kernels._interop import accepts_dlpack
 from lopa_kernels.config import LopaConfig
+from lopa_kernels.ops.step import eager
 from lopa_kernels.ops.step import fake as _fake
 from lopa_kernels.ops.step import reference as _reference
 from lopa_kernels.state import LopaState, LopaStep, check_state
@@ -30,15 +32,16 @@ __all__ = [
     "needed_rows",
 ]
 
-_dispatch.native(
+_ROUNDS = (
     "lopa_step",
     "lopa_step_out",
     "lopa_step_",
     "branch_step",
     "branch_step_out",
     "branch_step_",
-    "needed_rows",
 )
+_dispatch.native(*_ROUNDS, "needed_rows")
+_dispatch.eager(*_ROUNDS, change=eager.schema)
 
 
 class NeededRows(NamedTuple):
@@ -66,11 +69,11 @@ def _check_config(op: str, state: LopaState, config: LopaConfig) -> None:
 def _check_logits(
     op: str,
     logits: torch.Tensor,
-    state: LopaState,
-    config: LopaConfig,
     rows: torch.Tensor | None,
     seed: torch.Tensor | None,
     step: torch.Tensor | None,
+    state: LopaState,
+    config: LopaConfig,
 ) -> None:
     check_state(op, state)
     _check_config(op, state, config)
@@ -131,6 +134,49 @@ def _as_step(outputs: tuple[torch.Tensor, ...]) -> LopaStep:
     return LopaStep(LopaState(*outputs[:12]), *outputs[12:])
 
 
+def _run_plain(
+    op: str,
+    backend: str | None,
+    inputs: tuple[object, ...],
+    state: LopaState,
+    config: LopaConfig,
+) -> LopaStep | None:
+    """The round, if the call is a plain one and all is well (see :func:`_dispatch.plain_call`)."""
+    run = _dispatch.plain_call(op, state[0], backend)
+    if run is None or not isinstance(config, LopaConfig):
+        return None
+    try:
+        outputs = run(*inputs, *state, eager.settings(config))
+    except RuntimeError:
+        return None
+    # As _as_step, without a call of Python for each tuple.
+    return _tuple(LopaStep, (_tuple(LopaState, outputs[:12]), *outputs[12:]))
+
+
+def _run_plain_out(
+    op: str,
+    backend: str | None,
+    inputs: tuple[object, ...],
+    state: LopaState,
+    config: LopaConfig,
+    out: LopaStep,
+) -> bool:
+    """Whether the round is done, as :func:`_run_plain`."""
+    following = out[0]
+    in_place = following[0] is state[0]
+    if in_place and following is not state and not all(map(operator.is_, following, state)):
+        return False  # an error to word
+    run = _dispatch.plain_call(op + ("_" if in_place else "_out"), state[0], backend)
+    if run is None or not isinstance(config, LopaConfig):
+        return False
+    results = out[1:] if in_place else (*following, *out[1:])
+    try:
+        run(*inputs, *state, eager.settings(config), *results)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _run_out(
     op: str,
     backend: str | None,
@@ -154,6 +200,7 @@ def _run_out(
         run(*inputs, *state, *arguments, **dict(zip(names, results, strict=True)))
 
 
+_tuple = tuple.__new__
 _NEXT_NAMES = tuple(f"next_{name}" for name in LopaState._fields)
 _RESULT_NAMES = LopaStep._fields[1:]
 
@@ -196,11 +243,14 @@ def lopa_step(
 
     Source: LoPA, arXiv 2512.16229, Algorithm 1 and sections 3.3-3.4.
     """
-    _check_logits("lopa_step", logits, state, config, rows, seed, step)
+    inputs = (logits, rows, seed, step)
+    if rows is None or logits.dim() == 2:  # the operator takes more shapes, which this does not
+        made = _run_plain("lopa_step", backend, inputs, state, config)
+        if made is not None:
+            return made
+    _check_logits("lopa_step", *inputs, state, config)
     run = _dispatch.implementation("lopa_step", state[0].device.type, backend)
-    return _as_step(
-        run(logits, rows, seed, step, *state, *_config_args(state, config), *config.sampling_args())
-    )
+    return _as_step(run(*inputs, *state, *_config_args(state, config), *config.sampling_args()))
 
 
 @accepts_dlpack
@@ -220,9 +270,14 @@ def lopa_step_out(
     ``out.state`` may be `state` itself: then the state is updated in place, which needs K and W
     to stay as they are. Any other overlap of outputs and inputs is not supported.
     """
-    _check_logits("lopa_step_out", logits, state, config, rows, seed, step)
+    inputs = (logits, rows, seed, step)
+    if (rows is None or logits.dim() == 2) and _run_plain_out(
+        "lopa_step", backend, inputs, state, config, out
+    ):
+        return
+    _check_logits("lopa_step_out", *inputs, state, config)
     arguments = (*_config_args(state, config), *config.sampling_args())
-    _run_out("lopa_step", backend, (logits, rows, seed, step), state, arguments, out)
+    _run_out("lopa_step", backend, inputs, state, arguments, out)
 
 
 @accepts_dlpack
@@ -246,9 +301,13 @@ def branch_step(
     Raises:
         TypeError, ValueError: dtype, shape or device of an argument.
     """
-    _check_stats("branch_step", token, prob, score, state, config)
+    inputs = (token, prob, score)
+    made = _run_plain("branch_step", backend, inputs, state, config)
+    if made is not None:
+        return made
+    _check_stats("branch_step", *inputs, state, config)
     run = _dispatch.implementation("branch_step", state[0].device.type, backend)
-    return _as_step(run(token, prob, score, *state, *_config_args(state, config)))
+    return _as_step(run(*inputs, *state, *_config_args(state, config)))
 
 
 @accepts_dlpack
@@ -263,8 +322,11 @@ def branch_step_out(
     backend: str | None = None,
 ) -> None:
     """:func:`branch_step` into existing tensors, as :func:`lopa_step_out`."""
-    _check_stats("branch_step_out", token, prob, score, state, config)
-    _run_out("branch_step", backend, (token, prob, score), state, _config_args(state, config), out)
+    inputs = (token, prob, score)
+    if _run_plain_out("branch_step", backend, inputs, state, config, out):
+        return
+    _check_stats("branch_step_out", *inputs, state, config)
+    _run_out("branch_step", backend, inputs, state, _config_args(state, config), out)
 
 
 @accepts_dlpack

@@ -15,6 +15,7 @@ from lopa_kernels.ops.branch.triton import (
     LOWEST_KEY,
     NO_COLUMN,
     as_double,
+    begin,
     blend,
     block_columns,
     fill_columns,
@@ -68,6 +69,28 @@ def is_bad_length(
     # the length alone is out of range.
     bad = (columns < 0) | (columns > window) | (commits > columns)
     return bad | (cache + columns < prompt)
+
+
+@triton.jit
+def check_columns(
+    c: tl.tensor,
+    tile: tl.tensor,
+    columns: tl.tensor,
+    is_live: tl.tensor,
+    first: tl.tensor,
+    cache: tl.tensor,
+    commits: tl.tensor,
+    prompt: tl.tensor,
+    window: tl.tensor,
+    mask_id: tl.tensor,
+) -> Any:
+    """Masked columns of a tile of branches; and what puts the sequence out of range.
+
+    That is a length, or a mask among the columns that are to be committed.
+    """
+    is_mask = is_live[None, :] & (tile == mask_id) & (c >= first)
+    bad = is_live & is_bad_length(columns, cache, commits, prompt, window)
+    return is_mask, bad[None, :] | (is_mask & (c < commits))
 
 
 @triton.jit
@@ -174,9 +197,7 @@ def round_kernel(
     the next state; ALL_SLOTS is not below the slots of both. The next state may be this state's
     memory: everything is read before a barrier, and written after it.
     """
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    begin(DEPENDENT)
     b = tl.program_id(0).to(tl.int64)
     live, cache_in, commits_in, prompt_in = live_branches(
         b, branches, cache_len, commit_len, prompt_len, done, slots, window
@@ -229,12 +250,12 @@ def round_kernel(
         created = tl.load(creation + k, in_slots, 0.0)
 
         is_live = k < live
-        is_mask = is_live[None, :] & (tile == mask_id) & (c >= first)
+        is_mask, bad_tile = check_columns(
+            c, tile, columns, is_live, first, cache, commits, prompt, window, mask_id
+        )
         is_open = is_mask & (c < columns[None, :])
         # A score that is infinite or NaN comes from a row without a usable distribution.
         unusable = is_open & ~(tl.abs(value) < float("inf"))
-        bad = is_live & is_bad_length(columns, cache, commits, prompt, window)
-        bad_tile = bad[None, :] | (is_mask & (c < commits))
         counts = tl.sum(bad_tile.to(tl.int32) + (unusable.to(tl.int32) << 16))
         malformed = malformed | (counts & 0xFFFF)
         status = status | tl.where((counts >> 16) != 0, NONFINITE, 0)
@@ -259,7 +280,7 @@ def round_kernel(
             as_double(fraction_bits),
             REDUCTION,
         )
-        own = blend(rankable(created), reduced, as_double(alpha_bits))
+        own = blend(created, reduced, as_double(alpha_bits))
         own = tl.where(columns == 0, 1.0, own)
         tl.store(confidence + k, tl.where(is_live, own, float("-inf")), in_slots)
         # Equal confidence: the lowest lookahead slot, and the anchor last. Nothing beats a first

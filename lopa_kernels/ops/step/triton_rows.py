@@ -7,7 +7,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from lopa_kernels.ops.step.triton_round import is_bad_length, live_branches
+from lopa_kernels.ops.branch.triton import begin
+from lopa_kernels.ops.step.triton_round import check_columns, live_branches
 
 
 @triton.jit
@@ -37,8 +38,7 @@ def needed_tile(
     cache: tl.tensor,
     commits: tl.tensor,
     prompt: tl.tensor,
-    tokens: tl.tensor,
-    length: tl.tensor,
+    fields: tl.tensor,
     slots: tl.tensor,
     window: tl.tensor,
     mask_id: tl.tensor,
@@ -46,32 +46,32 @@ def needed_tile(
     WINDOW: tl.constexpr,
 ) -> Any:
     """Columns [WINDOW, k] of the branches k that need a row; and what puts them out of range."""
+    tokens, length, _, _, _, _, _ = fields
     c = tl.arange(0, WINDOW)[:, None]
     row = b * slots + k
     at = (row * window)[None, :] + c
     is_live = k < live
     columns = tl.load(length + row, is_live, 0)
-    bad = is_live & is_bad_length(columns, cache, commits, prompt, window)
     in_tile = is_live[None, :] & (c < window)
     own = tl.load(tokens + at, in_tile, 0)
     has_target = is_live[None, :] & (c + shift < window)
     target_token = tl.load(tokens + at + shift, has_target, 0)
     first = tl.maximum(prompt - cache, 0)
-    bad_tile = bad[None, :] | (in_tile & (own == mask_id) & (c >= first) & (c < commits))
+    _, bad = check_columns(c, own, columns, is_live, first, cache, commits, prompt, window, mask_id)
     needed = is_needed(c, columns[None, :], first, commits, shift, target_token, mask_id)
-    return in_tile & needed, bad_tile
+    return in_tile & needed, bad
+
+
+@triton.jit
+def live_branches_of(b: tl.tensor, fields: tl.tensor, slots: tl.tensor, window: tl.tensor) -> Any:
+    _, _, branches, cache_len, commit_len, prompt_len, done = fields
+    return live_branches(b, branches, cache_len, commit_len, prompt_len, done, slots, window)
 
 
 @triton.jit
 def count_needed(
     b: tl.tensor,
-    tokens: tl.tensor,
-    length: tl.tensor,
-    branches: tl.tensor,
-    cache_len: tl.tensor,
-    commit_len: tl.tensor,
-    prompt_len: tl.tensor,
-    done: tl.tensor,
+    fields: tl.tensor,
     slots: tl.tensor,
     window: tl.tensor,
     mask_id: tl.tensor,
@@ -80,27 +80,13 @@ def count_needed(
     WINDOW: tl.constexpr,
 ) -> Any:
     """Rows that sequence b needs: none where it is done or out of range."""
-    live, cache, commits, prompt = live_branches(
-        b, branches, cache_len, commit_len, prompt_len, done, slots, window
-    )
+    live, cache, commits, prompt = live_branches_of(b, fields, slots, window)
     count = 0
     malformed = 0
     for k0 in range(0, live, SLOTS):
         k = k0 + tl.arange(0, SLOTS)
         needed, bad = needed_tile(
-            b,
-            k,
-            live,
-            cache,
-            commits,
-            prompt,
-            tokens,
-            length,
-            slots,
-            window,
-            mask_id,
-            shift,
-            WINDOW,
+            b, k, live, cache, commits, prompt, fields, slots, window, mask_id, shift, WINDOW
         )
         count += tl.sum(needed.to(tl.int32))
         malformed += tl.sum(bad.to(tl.int32))
@@ -109,13 +95,7 @@ def count_needed(
 
 @triton.jit(do_not_specialize=["slots", "window", "mask_id", "shift"])
 def count_needed_kernel(
-    tokens: tl.tensor,
-    length: tl.tensor,
-    branches: tl.tensor,
-    cache_len: tl.tensor,
-    commit_len: tl.tensor,
-    prompt_len: tl.tensor,
-    done: tl.tensor,
+    fields: tl.tensor,
     counts: tl.tensor,
     slots: tl.int32,
     window: tl.int32,
@@ -125,26 +105,9 @@ def count_needed_kernel(
     WINDOW: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    begin(DEPENDENT)
     b = tl.program_id(0).to(tl.int64)
-    count = count_needed(
-        b,
-        tokens,
-        length,
-        branches,
-        cache_len,
-        commit_len,
-        prompt_len,
-        done,
-        slots,
-        window,
-        mask_id,
-        shift,
-        SLOTS,
-        WINDOW,
-    )
+    count = count_needed(b, fields, slots, window, mask_id, shift, SLOTS, WINDOW)
     tl.store(counts + b, count)
 
 
@@ -152,13 +115,7 @@ def count_needed_kernel(
     do_not_specialize=["batch", "slots", "window", "mask_id", "shift", "capacity", "logits_rows"]
 )
 def list_needed_kernel(
-    tokens: tl.tensor,
-    length: tl.tensor,
-    branches: tl.tensor,
-    cache_len: tl.tensor,
-    commit_len: tl.tensor,
-    prompt_len: tl.tensor,
-    done: tl.tensor,
+    fields: tl.tensor,
     counts: tl.tensor,
     named: tl.tensor,
     listed: tl.tensor,
@@ -181,13 +138,13 @@ def list_needed_kernel(
 ) -> None:
     """Lists the needed rows in order, and the place of each, -1 for the others.
 
+    `fields` are tokens, length, branches, cache_len, commit_len, prompt_len and done.
+
     Without COUNTED there is one sequence, and `counts` is not read. With SLOT_LIST the list has the
     slots, and is 0 beyond them; otherwise the rows of logits, which `named` gives where NAMED, with
     -1 for those out of range.
     """
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    begin(DEPENDENT)
     b = tl.program_id(0).to(tl.int64)
     before = 0
     total = 0
@@ -200,22 +157,7 @@ def list_needed_kernel(
             before += tl.sum(tl.where(i < b, count, 0))
             own += tl.sum(tl.where(i == b, count, 0))
     else:
-        own = count_needed(
-            b,
-            tokens,
-            length,
-            branches,
-            cache_len,
-            commit_len,
-            prompt_len,
-            done,
-            slots,
-            window,
-            mask_id,
-            shift,
-            SLOTS,
-            WINDOW,
-        )
+        own = count_needed(b, fields, slots, window, mask_id, shift, SLOTS, WINDOW)
         total = own
     tl.store(count_out, total, b == 0)
     if SLOT_LIST:
@@ -224,26 +166,12 @@ def list_needed_kernel(
             i = i0 + tl.arange(0, TILE)
             tl.store(listed + i, tl.zeros([TILE], tl.int64), i < capacity)
     if b < batch:
-        live, cache, commits, prompt = live_branches(
-            b, branches, cache_len, commit_len, prompt_len, done, slots, window
-        )
+        live, cache, commits, prompt = live_branches_of(b, fields, slots, window)
         live = tl.where(own > 0, live, 0)
         for k0 in range(0, slots, SLOTS):
             k = k0 + tl.arange(0, SLOTS)
             needed, _ = needed_tile(
-                b,
-                k,
-                live,
-                cache,
-                commits,
-                prompt,
-                tokens,
-                length,
-                slots,
-                window,
-                mask_id,
-                shift,
-                WINDOW,
+                b, k, live, cache, commits, prompt, fields, slots, window, mask_id, shift, WINDOW
             )
             number = needed.to(tl.int32)
             of_branch = tl.sum(number, 0)
