@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cases import VOCABULARY_OPTIONS, close, integer, operator, random_logits
+from gpu import capture
 from targets import GPU_TARGETS, Target, cpu, needs_gpu, over
 
 from lopa_kernels.ops.confidence import (
@@ -82,9 +83,7 @@ def test_a_captured_graph_replays_with_other_values(
     """Bit for bit what eager execution gives; nothing but a first call comes before."""
     call = Call(target, options, vocab=vocab, dtype=torch.bfloat16)
     call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
+    graph, captured = capture(call)
     tokens = []
     for _ in range(4):
         call.renew()

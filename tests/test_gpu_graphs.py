@@ -252,6 +252,8 @@ def _round(vocab: int, shift: bool, temperature: float) -> Call:
         creation=torch.ones(shape[:2]),
         eos=torch.zeros(shape[:2], dtype=torch.bool),
         branches=torch.full((2,), 4, dtype=torch.int32),
+        carry_prob=torch.full((2,), 0.5),
+        carry_score=torch.full((2,), 0.5),
     )
     state = copied(state, "cuda")
     logits = torch.randn(*shape, vocab, device="cuda", dtype=torch.bfloat16)

@@ -12,7 +12,8 @@ namespace {
 // Registers for a place beside the pass. A filter has no room there for its shared memory.
 template <typename Merge>
 constexpr int kMergeCtas =
-    Merge::kThreads > kMergeThreads ? 1 : 65536 / kMergeRegisters / kMergeThreads;
+    Merge::kSharedBytes > 16 * 1024 ? 512 / Merge::kThreads
+                                    : 65536 / kMergeRegisters / kMergeThreads;
 
 template <typename Merge>
 __global__ void __launch_bounds__(Merge::kThreads, kMergeCtas<Merge>)
@@ -84,7 +85,7 @@ void launch_vocabulary_pass(const VocabularyArgs& args, cudaStream_t stream) {
 }
 
 void launch_merge(const VocabularyArgs& args, const StatsOutput& out, cudaStream_t stream) {
-  with_merge(args, [&]<typename Merge>() {
+  const auto run = [&]<typename Merge>() {
     constexpr auto kernel = merge_kernel<Merge>;
     if (Merge::kSharedBytes > 48 * 1024) allow_shared_memory<kernel>(Merge::kSharedBytes);
     constexpr int64_t kRowsPerCta = Merge::kSharedBytes == 0 ? Merge::kThreads / 32 : 1;
@@ -94,7 +95,14 @@ void launch_merge(const VocabularyArgs& args, const StatsOutput& out, cudaStream
     const int64_t ctas = std::clamp<int64_t>(wanted, 1, most);
     launch("merge", kernel, dim3(static_cast<unsigned>(ctas)), dim3(Merge::kThreads),
            Merge::kSharedBytes, stream, args.logits.rows > 0, args, out);
-  });
+  };
+  // A row is filtered sooner by more threads; rows by smaller CTAs, of which two share a
+  // multiprocessor and one computes while the other waits.
+  if (args.capacity <= 2 * multiprocessors()) {
+    with_merge<512>(args, run);
+  } else {
+    with_merge<256>(args, run);
+  }
 }
 
 }  // namespace confidence

@@ -51,9 +51,9 @@ struct Cut {
   }
 };
 
-template <typename T>
+template <typename T, int kCtaThreads>
 struct FilteredMerge {
-  static constexpr int kThreads = kFilterThreads;
+  static constexpr int kThreads = kCtaThreads;
 
   struct Shared {
     union {
@@ -444,7 +444,7 @@ struct FilteredMerge {
     RowTotal row;
     if (entry.row >= 0) {
       if (threadIdx.x < 32) {
-        row = merge_row(args, first_partial, Partials(args, first_partial, threadIdx.x));
+        row = merge_row<double>(args, first_partial, Partials(args, first_partial, threadIdx.x));
         if (threadIdx.x == 0) shared.row = row;
       }
       __syncthreads();
@@ -457,8 +457,10 @@ struct FilteredMerge {
       __syncthreads();
       return;
     }
+    // With room for the rounding of the weights in the sum, so that a boundary between equal
+    // masses lies where it would without.
     const double limit =
-        args.top_p < 1.0 ? args.top_p * static_cast<double>(row.sum) * kMassUnits : 0x1p63;
+        args.top_p < 1.0 ? args.top_p * row.sum * (1.0 + 0x1p-22) * kMassUnits : 0x1p63;
     const Context c{args,      shared,
                     entry.row, args.partials + first_partial,
                     row.max,   static_cast<uint64_t>(limit)};
@@ -532,9 +534,7 @@ struct FilteredMerge {
           best.offer(logf(static_cast<float>(units)) + gumbel(tile_word(philox, t)), t, 0.0f);
         }
       }
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, step);
-      sum /= kMassUnits;
+      sum = warp_sum(sum) / kMassUnits;
       best.reduce_warp();
       if (threadIdx.x == 0) shared.tile = args.tiles > 1 ? best.index : 0;
     }

@@ -21,7 +21,7 @@ struct RowTotal {
   float max = -kInf;
   float second = -kInf;
   int64_t argmax = 0;
-  float sum = 0;
+  double sum = 0;
   float weighted = 0;
   bool nan = false;
   bool empty = true;
@@ -35,7 +35,7 @@ __device__ __forceinline__ float tile_shift(const Partial& tile, float row_max, 
   return shift - fmaf(tile.max, scale, -(tile.max * scale));
 }
 
-__device__ __forceinline__ float warp_sum(float x) {
+__device__ __forceinline__ double warp_sum(double x) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kWholeWarp, x, step);
   return x;
@@ -80,9 +80,10 @@ class LanePartials {
 constexpr int kCachedPartials = 4;  // of a lane: 262144 tokens
 using Partials = LanePartials<kCachedPartials>;
 
-// By one warp; every lane gets the result.
-__device__ inline RowTotal merge_row(const VocabularyArgs& args, int64_t first_partial,
-                                     const Partials& partials) {
+// By one warp; every lane gets the result. `Sum` is double where masses are compared with the sum.
+template <typename Sum = float>
+__device__ RowTotal merge_row(const VocabularyArgs& args, int64_t first_partial,
+                              const Partials& partials) {
   RowTotal row;
   float largest = -kInf;
   uint32_t flags = 0;
@@ -95,21 +96,27 @@ __device__ inline RowTotal merge_row(const VocabularyArgs& args, int64_t first_p
   row.empty = !__any_sync(kWholeWarp, (flags & kPartialFinite) != 0);
   if (row.empty) return row;
   uint32_t first = kPartialIndex;
-  float sum = 0, weighted = 0;
+  Sum sum = 0;
+  float weighted = 0;
   partials.each([&](int64_t, const Partial& tile) {
     if (tile.max == -kInf) return;
     if (tile.max == row.max) first = min(first, tile.index_and_flags & kPartialIndex);
     const float shift = tile_shift(tile, row.max, args.scale);
     const float factor = exp2_fast(shift);
-    sum = fmaf(factor, tile.sum, sum);
+    sum += static_cast<Sum>(factor) * tile.sum;
     if (factor > 0) weighted = fmaf(factor, fmaf(shift, tile.sum, tile.weighted), weighted);
   });
   row.argmax = __reduce_min_sync(kWholeWarp, first);
-  const int lane = threadIdx.x % 32;
-  const float pair = warp_sum_pair(sum, weighted, lane);
-  const float other = __shfl_xor_sync(kWholeWarp, pair, 16);
-  row.sum = lane & 16 ? other : pair;
-  row.weighted = lane & 16 ? pair : other;
+  if constexpr (sizeof(Sum) == sizeof(double)) {
+    row.sum = warp_sum(sum);
+    row.weighted = static_cast<float>(warp_sum(weighted));
+  } else {
+    const int lane = threadIdx.x % 32;
+    const float pair = warp_sum_pair(sum, weighted, lane);
+    const float other = __shfl_xor_sync(kWholeWarp, pair, 16);
+    row.sum = lane & 16 ? other : pair;
+    row.weighted = lane & 16 ? pair : other;
+  }
   if (args.second != nullptr) {
     const float* second = args.second + first_partial;
     float next = -kInf;
@@ -400,8 +407,8 @@ struct GreedyMerge {
         row = merge_row(args, first_partial, Partials(args, first_partial, lane));
       }
       if (lane == 0) {
-        write_row(args, out, entry.slot, row, entry.missing, row.argmax, row.max, row.sum,
-                  row.weighted, args.logits.vocab);
+        write_row(args, out, entry.slot, row, entry.missing, row.argmax, row.max,
+                  static_cast<float>(row.sum), row.weighted, args.logits.vocab);
       }
     }
   }
@@ -468,8 +475,8 @@ struct SampledMerge {
                                         shared.candidates);
       }
       if (threadIdx.x == 0) {
-        write_row(args, out, entry.slot, row, false, drawn.index, drawn.value, row.sum,
-                  row.weighted, args.logits.vocab);
+        write_row(args, out, entry.slot, row, false, drawn.index, drawn.value,
+                  static_cast<float>(row.sum), row.weighted, args.logits.vocab);
       }
       __syncthreads();
     }

@@ -160,6 +160,8 @@ __device__ __forceinline__ void fetch(const VocabularyArgs& args, uint32_t index
     bulk_copy(stage, own.tile, own.staged() ? n * sizeof(T) / 16 * 16 : 0, barrier);
   }
 #else
+  // The arrival of asynchronous copies orders nothing else.
+  __threadfence_block();
   if (own.staged()) {
 #pragma unroll
     for (int v = 0; v < kVectors<T>; ++v) {

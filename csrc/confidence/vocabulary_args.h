@@ -20,7 +20,6 @@ constexpr uint32_t kPartialCareful = 1u << 29;
 constexpr uint32_t kPartialIndex = kPartialCareful - 1;  // as an index: not the row's first maximum
 
 constexpr int kMergeThreads = 256;
-constexpr int kFilterThreads = 512;
 // A filter holds a number for each tile in shared memory.
 constexpr int64_t kMostFilterTiles = 4096;
 

@@ -22,7 +22,7 @@ constexpr int64_t kLonelyTokens = 8192;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int round_threads(const BatchView& state, const RoundConfig& config, bool from_logits) {
-  if (from_logits) return confidence::kFilterThreads;  // at most
+  if (from_logits) return confidence::kMergeThreads;
   const bool small = std::max(state.K, config.branches) <= 8 && state.W <= 512;
   return small ? kMostRoundThreads / 2 : kMostRoundThreads;
 }
@@ -130,7 +130,7 @@ void launch_finish(FinishArgs args, const RoundPlan& plan, cudaStream_t stream) 
     launch("merge and round", kernel, dim3(static_cast<unsigned>(state.B * args.parts)),
            dim3(Merge::kThreads), shared, stream, args.vocabulary.logits.rows > 0, args);
   };
-  confidence::with_merge(args.vocabulary, [&]<typename Merge>() {
+  confidence::with_merge<confidence::kMergeThreads>(args.vocabulary, [&]<typename Merge>() {
     // Merges that take longer than a round have it in one version, to keep the library small.
     if constexpr (std::is_same_v<Merge, confidence::GreedyMerge>) {
       if (plan.memory_of_sequence == 0) return run.template operator()<Merge, true>();
