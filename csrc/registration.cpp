@@ -98,8 +98,8 @@ STABLE_TORCH_LIBRARY(lopa, m) {
 
   const std::string attention_inputs =
       "Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_window, Tensor v_window, "
-      "Tensor cache_len, Tensor length, Tensor? prompt_len=None, str mask=\"full\", "
-      "int? block_size=None, float? scale=None";
+      "Tensor cache_len, Tensor length, Tensor? prompt_len=None, Tensor? block_table=None, "
+      "str mask=\"full\", int? block_size=None, float? scale=None";
   define(m, "branch_attention(" + attention_inputs + ") -> Tensor");
   define(m, "branch_attention_lse(" + attention_inputs + ") -> (Tensor, Tensor)");
   define(m, "branch_attention_out(" + attention_inputs +

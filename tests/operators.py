@@ -196,6 +196,47 @@ def public_calls(seed: int = 0) -> dict[str, Call]:
     return {name: made.copied() for name, made in calls.items()}
 
 
+def attention_calls(seed: int = 0) -> dict[str, Call]:
+    """The same of branch_attention, which not every backend has."""
+    g = torch.Generator().manual_seed(seed)
+    B, K, W, Hq, Hk, D, S, page = 2, 3, 5, 4, 2, 8, 48, 16
+
+    def int32(*values: Any) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    q = torch.randn(B, K, W, Hq, D, generator=g)
+    cache = torch.randn(2, B, Hk, S, D, generator=g).transpose(2, 3).unbind()
+    pools = torch.randn(2, 5, page, Hk, D, generator=g).unbind()
+    window = torch.randn(2, B, K, W, Hk, D, generator=g).unbind()
+    lengths = int32(37, 9), int32([5, 2, 0], [3, 5, 4])
+    inputs = (q, *cache, *window, *lengths)
+    paged = (q, *pools, *window, *lengths)
+    # The second sequence needs one page.
+    table = int32([3, 0, 4], [1, -1, 99])
+    blocks = {"mask": "block_causal", "block_size": 3, "prompt_len": int32(36, 11)}
+    function = lk.branch_attention
+    calls = {
+        "branch_attention": Call(function, inputs, {}),
+        "branch_attention causal": Call(function, inputs, {**blocks, "return_lse": True}),
+        "branch_attention out": Call(function, inputs, {"out": torch.zeros(q.shape), **blocks}),
+        "branch_attention paged": Call(function, paged, {"block_table": table, "scale": 0.3}),
+        "branch_attention paged causal": Call(
+            function, paged, {"block_table": table, **blocks, "return_lse": True}
+        ),
+        "branch_attention paged out": Call(
+            function,
+            paged,
+            {"block_table": table, "out": torch.zeros(q.shape), "return_lse": True},
+        ),
+    }
+    return {name: made.copied() for name, made in calls.items()}
+
+
+def all_calls(seed: int = 0) -> dict[str, Call]:
+    """The calls of every operator."""
+    return public_calls(seed) | attention_calls(seed)
+
+
 class OpCall(NamedTuple):
     """Arguments of an operator of torch.ops, as the dispatcher gets them."""
 
@@ -221,7 +262,7 @@ class _Recorder(TorchDispatchMode):
 def op_calls() -> dict[str, OpCall]:
     """Name of the public call -> the operator below it, on CPU tensors."""
     made = {}
-    for name, call in public_calls().items():
+    for name, call in all_calls().items():
         with _Recorder() as recorder:
             call(backend="cpu")
         (made[name],) = recorder.calls

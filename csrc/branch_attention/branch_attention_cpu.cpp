@@ -23,6 +23,8 @@ constexpr int64_t kTaskFloats = 32768;
 // Fewer rows would spend a tenth of their time on packing the keys.
 constexpr int64_t kMinTaskRows = 96;
 constexpr int64_t kTasksPerThread = 2;
+constexpr int64_t kMinPage = 16;
+constexpr int64_t kMaxPage = 256;
 
 AttentionTaskFunction task_function() {
 #if defined(LOPA_X86_KERNELS)
@@ -44,10 +46,24 @@ struct Inputs {
   Tensor cache_len;
   Tensor length;
   OptTensor prompt_len;
+  OptTensor block_table;
 };
 
 std::string in_sequence(int32_t value, int64_t b) {
   return std::to_string(value) + " in sequence " + std::to_string(b);
+}
+
+// The entries that hold cached positions; the others may be garbage and are never read.
+void check_pages(const char* op, const BranchAttentionParams& p, int64_t b) {
+  int64_t needed = (p.cache_len[b] + p.page_size - 1) / p.page_size;
+  const int32_t* entries = p.block_table + b * p.table_width;
+  for (int64_t i = 0; i < needed; ++i) {
+    if (entries[i] < 0 || entries[i] >= p.pages) {
+      fail(op, "block_table",
+           "at least 0 and less than " + std::to_string(p.pages) + ", the pages of k_cache",
+           in_sequence(entries[i], b) + ", entry " + std::to_string(i));
+    }
+  }
 }
 
 void check_lengths(const char* op, const BranchAttentionParams& p) {
@@ -59,6 +75,7 @@ void check_lengths(const char* op, const BranchAttentionParams& p) {
     if (p.prompt_len != nullptr && p.prompt_len[b] < 0) {
       fail(op, "prompt_len", "0 or more", in_sequence(p.prompt_len[b], b));
     }
+    if (p.block_table != nullptr) check_pages(op, p, b);
     for (int64_t k = 0; k < p.branches; ++k) {
       int32_t length = p.length[b * p.branches + k];
       if (length < 0 || length > p.window) {
@@ -67,6 +84,24 @@ void check_lengths(const char* op, const BranchAttentionParams& p) {
       }
     }
   }
+}
+
+void set_pages(const char* op, const Tensor& k_cache, const Tensor& block_table,
+               BranchAttentionParams& p) {
+  p.pages = k_cache.size(0);
+  p.page_size = k_cache.size(1);
+  if (p.page_size < kMinPage || p.page_size > kMaxPage || (p.page_size & (p.page_size - 1)) != 0) {
+    fail(op, "k_cache",
+         "pages of a power of two from " + std::to_string(kMinPage) + " to " +
+             std::to_string(kMaxPage) + " positions",
+         p.page_size);
+  }
+  check_cpu(op, "block_table", block_table);
+  check_rank(op, "block_table", block_table, 2);
+  p.table_width = block_table.size(1);
+  check_tensor(op, "block_table", block_table, ScalarType::Int, {p.batch, p.table_width});
+  p.block_table = data<int32_t>(block_table);
+  p.capacity = p.table_width * p.page_size;
 }
 
 BranchAttentionParams make_params(const char* op, const Tensor& q, const Tensor& k_cache,
@@ -96,8 +131,15 @@ BranchAttentionParams make_params(const char* op, const Tensor& q, const Tensor&
     fail(op, "q", "query heads a multiple of the " + std::to_string(p.kv_heads) + " KV heads",
          p.q_heads);
   }
-  check_tensor(op, "k_cache", k_cache, dtype, {p.batch, p.capacity, p.kv_heads, p.head_dim});
-  check_tensor(op, "v_cache", v_cache, dtype, {p.batch, p.capacity, p.kv_heads, p.head_dim});
+  int64_t rows = p.batch;
+  int64_t row_positions = p.capacity;
+  if (inputs.block_table.has_value()) {
+    set_pages(op, k_cache, *inputs.block_table, p);
+    rows = p.pages;
+    row_positions = p.page_size;
+  }
+  check_tensor(op, "k_cache", k_cache, dtype, {rows, row_positions, p.kv_heads, p.head_dim});
+  check_tensor(op, "v_cache", v_cache, dtype, {rows, row_positions, p.kv_heads, p.head_dim});
   check_tensor(op, "k_window", k_window, dtype,
                {p.batch, p.branches, p.window, p.kv_heads, p.head_dim});
   check_tensor(op, "v_window", v_window, dtype,
@@ -257,9 +299,11 @@ void run(const BranchAttentionParams& p) {
   if (out_of_memory) throw std::runtime_error("branch_attention: out of memory");
 }
 
-Inputs hold(const Tensor& cache_len, const Tensor& length, const OptTensor& prompt_len) {
-  Inputs inputs{contiguous(cache_len), contiguous(length), std::nullopt};
-  if (prompt_len.has_value()) inputs.prompt_len = contiguous(*prompt_len);
+Inputs hold(const Tensor& cache_len, const Tensor& length, const OptTensor& prompt_len,
+            const OptTensor& block_table) {
+  Inputs inputs{as_contiguous(cache_len), as_contiguous(length), std::nullopt, std::nullopt};
+  if (prompt_len.has_value()) inputs.prompt_len = as_contiguous(*prompt_len);
+  if (block_table.has_value()) inputs.block_table = as_contiguous(*block_table);
   return inputs;
 }
 
@@ -273,11 +317,12 @@ Tensor empty_out(const BranchAttentionParams& p, const Tensor& q) {
 }
 
 Tensor branch_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_window, Tensor v_window,
-                        Tensor cache_len, Tensor length, OptTensor prompt_len, TextHandle mask_text,
+                        Tensor cache_len, Tensor length, OptTensor prompt_len,
+                        OptTensor block_table, TextHandle mask_text,
                         std::optional<int64_t> block_size, std::optional<double> scale) {
   const char* op = "branch_attention";
   const std::string mask = take_text(mask_text);
-  Inputs inputs = hold(cache_len, length, prompt_len);
+  Inputs inputs = hold(cache_len, length, prompt_len, block_table);
   BranchAttentionParams p =
       make_params(op, q, k_cache, v_cache, k_window, v_window, inputs, mask, block_size, scale);
   Tensor out = empty_out(p, q);
@@ -289,12 +334,12 @@ Tensor branch_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_windo
 std::tuple<Tensor, Tensor> branch_attention_lse(Tensor q, Tensor k_cache, Tensor v_cache,
                                                 Tensor k_window, Tensor v_window, Tensor cache_len,
                                                 Tensor length, OptTensor prompt_len,
-                                                TextHandle mask_text,
+                                                OptTensor block_table, TextHandle mask_text,
                                                 std::optional<int64_t> block_size,
                                                 std::optional<double> scale) {
   const char* op = "branch_attention_lse";
   const std::string mask = take_text(mask_text);
-  Inputs inputs = hold(cache_len, length, prompt_len);
+  Inputs inputs = hold(cache_len, length, prompt_len, block_table);
   BranchAttentionParams p =
       make_params(op, q, k_cache, v_cache, k_window, v_window, inputs, mask, block_size, scale);
   Tensor out = empty_out(p, q);
@@ -307,11 +352,12 @@ std::tuple<Tensor, Tensor> branch_attention_lse(Tensor q, Tensor k_cache, Tensor
 
 void branch_attention_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_window,
                           Tensor v_window, Tensor cache_len, Tensor length, OptTensor prompt_len,
-                          TextHandle mask_text, std::optional<int64_t> block_size,
-                          std::optional<double> scale, Tensor out, OptTensor lse) {
+                          OptTensor block_table, TextHandle mask_text,
+                          std::optional<int64_t> block_size, std::optional<double> scale,
+                          Tensor out, OptTensor lse) {
   const char* op = "branch_attention_out";
   const std::string mask = take_text(mask_text);
-  Inputs inputs = hold(cache_len, length, prompt_len);
+  Inputs inputs = hold(cache_len, length, prompt_len, block_table);
   BranchAttentionParams p =
       make_params(op, q, k_cache, v_cache, k_window, v_window, inputs, mask, block_size, scale);
   check_tensor(op, "out", out, q.scalar_type(),

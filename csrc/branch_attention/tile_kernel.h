@@ -258,6 +258,32 @@ inline void pack_values(const T* src, int64_t stride, int64_t keys, int64_t head
   }
 }
 
+// One tile of the prefix, [first, first + keys), from wherever its pages are. A page of kKeyTile or
+// more positions holds whole tiles, a smaller one whole vectors of keys: the packed tile, and so
+// every result, is the one of a cache that is not paged.
+template <typename T>
+inline void pack_prefix(const BranchAttentionParams& p, const AttentionTask& task, int64_t first,
+                        int64_t keys, int64_t head_dim_padded, float* k_tile, float* v_tile) {
+  const T* k_head = static_cast<const T*>(p.k_cache) + task.kv_head * p.k_cache_stride[2];
+  const T* v_head = static_cast<const T*>(p.v_cache) + task.kv_head * p.v_cache_stride[2];
+  bool paged = p.block_table != nullptr;
+  int64_t step = paged && p.page_size < kKeyTile ? p.page_size : kKeyTile;
+  for (int64_t done = 0; done < keys; done += step) {
+    int64_t row = task.batch;
+    int64_t position = first + done;
+    if (paged) {
+      row = p.block_table[task.batch * p.table_width + position / p.page_size];
+      position &= p.page_size - 1;
+    }
+    int64_t count = keys - done < step ? keys - done : step;
+    const T* k = k_head + row * p.k_cache_stride[0] + position * p.k_cache_stride[1];
+    const T* v = v_head + row * p.v_cache_stride[0] + position * p.v_cache_stride[1];
+    pack_keys(k, p.k_cache_stride[1], count, p.head_dim, k_tile + done);
+    pack_values(v, p.v_cache_stride[1], count, p.head_dim, head_dim_padded,
+                v_tile + done * head_dim_padded);
+  }
+}
+
 template <typename T>
 inline void pack_queries(const BranchAttentionParams& p, const AttentionSegment* segments,
                          const AttentionTask& task, float sign, float* packed) {
@@ -341,16 +367,10 @@ void run_task(const BranchAttentionParams& p, const AttentionSegment* segments,
   std::memset(rows.sum, 0, sizeof(float) * task.rows * kMaxLanes);
   for (int64_t r = 0; r < task.rows; ++r) rows.maximum[r] = -INFINITY;
 
-  const T* k = static_cast<const T*>(p.k_cache) + task.batch * p.k_cache_stride[0] +
-               task.kv_head * p.k_cache_stride[2];
-  const T* v = static_cast<const T*>(p.v_cache) + task.batch * p.v_cache_stride[0] +
-               task.kv_head * p.v_cache_stride[2];
   int64_t prefix = p.cache_len[task.batch];
   for (int64_t first = 0; first < prefix; first += kKeyTile) {
     int64_t keys = prefix - first < kKeyTile ? prefix - first : kKeyTile;
-    pack_keys(k + first * p.k_cache_stride[1], p.k_cache_stride[1], keys, p.head_dim, k_tile);
-    pack_values(v + first * p.v_cache_stride[1], p.v_cache_stride[1], keys, p.head_dim,
-                layout.head_dim_padded, v_tile);
+    pack_prefix<T>(p, task, first, keys, layout.head_dim_padded, k_tile, v_tile);
     attend_rows(rows, task.rows, tiles, keys);
   }
 
@@ -362,10 +382,10 @@ void run_task(const BranchAttentionParams& p, const AttentionSegment* segments,
     for (; last < task.last_segment && segments[last].branch == branch; ++last) {
       branch_rows += (segments[last].end - segments[last].begin) * group;
     }
-    k = static_cast<const T*>(p.k_window) + task.batch * p.k_window_stride[0] +
-        branch * p.k_window_stride[1] + task.kv_head * p.k_window_stride[3];
-    v = static_cast<const T*>(p.v_window) + task.batch * p.v_window_stride[0] +
-        branch * p.v_window_stride[1] + task.kv_head * p.v_window_stride[3];
+    const T* k = static_cast<const T*>(p.k_window) + task.batch * p.k_window_stride[0] +
+                 branch * p.k_window_stride[1] + task.kv_head * p.k_window_stride[3];
+    const T* v = static_cast<const T*>(p.v_window) + task.batch * p.v_window_stride[0] +
+                 branch * p.v_window_stride[1] + task.kv_head * p.v_window_stride[3];
     int64_t visible = segments[last - 1].visible;
     for (int64_t first = 0; first < visible; first += kKeyTile) {
       int64_t packed = visible - first < kKeyTile ? visible - first : kKeyTile;

@@ -32,6 +32,18 @@ def window_mask(
     return seen & (block[:, None, :] <= block[:, :, None])[:, None]
 
 
+def gather_pages(
+    pool: torch.Tensor, block_table: torch.Tensor, cache_len: torch.Tensor
+) -> torch.Tensor:
+    """[B, P * page, Hk, D], a cache as if it were not paged; 0 in the pages that nobody needs."""
+    page = pool.shape[1]
+    first = page * torch.arange(block_table.shape[1], device=pool.device)
+    needed = first < cache_len[:, None]
+    cache = pool.new_zeros((*block_table.shape, *pool.shape[1:]))
+    cache[needed] = pool[block_table[needed]]
+    return cache.flatten(1, 2)
+
+
 def attend(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -45,11 +57,15 @@ def attend(
     block_size: int | None = None,
     scale: float | None = None,
     dtype: torch.dtype | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output [B, K, W, Hq, D] and lse [B, K, Hq, W], both computed and returned in `dtype`.
 
     `dtype` is float32, or float64 for float64 inputs, unless it is given.
     """
+    if block_table is not None:
+        k_cache = gather_pages(k_cache, block_table, cache_len)
+        v_cache = gather_pages(v_cache, block_table, cache_len)
     if dtype is None:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     branches, window, _, head_dim = q.shape[1:]
@@ -116,6 +132,19 @@ def _check_lengths(
                 )
 
 
+def _check_pages(
+    block_table: torch.Tensor, cache_len: torch.Tensor, pages: int, page_size: int
+) -> None:
+    needed = ((length + page_size - 1) // page_size for length in cache_len.tolist())
+    for b, (row, count) in enumerate(zip(block_table.tolist(), needed, strict=True)):
+        for i, value in enumerate(row[:count]):
+            if not 0 <= value < pages:
+                raise RuntimeError(
+                    f"branch_attention: block_table: expected at least 0 and less than {pages}, "
+                    f"the pages of k_cache, got {value} in sequence {b}, entry {i}"
+                )
+
+
 @implements("branch_attention_lse", "reference")
 def branch_attention_lse(
     q: torch.Tensor,
@@ -126,15 +155,21 @@ def branch_attention_lse(
     cache_len: torch.Tensor,
     length: torch.Tensor,
     prompt_len: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
     mask: str = "full",
     block_size: int | None = None,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     bound = prompt_len if mask == "block_causal" else None
-    _check_lengths(cache_len, length, bound, k_cache.shape[1], q.shape[2])
+    pages, capacity = k_cache.shape[:2]
+    if block_table is not None:
+        capacity *= block_table.shape[1]
+    _check_lengths(cache_len, length, bound, capacity, q.shape[2])
+    if block_table is not None:
+        _check_pages(block_table, cache_len, pages, k_cache.shape[1])
     out, lse = attend(
         q, k_cache, v_cache, k_window, v_window, cache_len, length, prompt_len, mask, block_size,
-        scale,
+        scale, block_table=block_table,
     )  # fmt: skip
     return out.to(q.dtype), lse
 
@@ -149,13 +184,14 @@ def branch_attention(
     cache_len: torch.Tensor,
     length: torch.Tensor,
     prompt_len: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
     mask: str = "full",
     block_size: int | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     return branch_attention_lse(
-        q, k_cache, v_cache, k_window, v_window, cache_len, length, prompt_len, mask, block_size,
-        scale,
+        q, k_cache, v_cache, k_window, v_window, cache_len, length, prompt_len, block_table, mask,
+        block_size, scale,
     )[0]  # fmt: skip
 
 
@@ -169,6 +205,7 @@ def branch_attention_out(
     cache_len: torch.Tensor,
     length: torch.Tensor,
     prompt_len: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
     mask: str = "full",
     block_size: int | None = None,
     scale: float | None = None,
@@ -177,8 +214,8 @@ def branch_attention_out(
     lse: torch.Tensor | None = None,
 ) -> None:
     result, result_lse = branch_attention_lse(
-        q, k_cache, v_cache, k_window, v_window, cache_len, length, prompt_len, mask, block_size,
-        scale,
+        q, k_cache, v_cache, k_window, v_window, cache_len, length, prompt_len, block_table, mask,
+        block_size, scale,
     )  # fmt: skip
     out.copy_(result)
     if lse is not None:
