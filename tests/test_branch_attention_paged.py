@@ -10,42 +10,26 @@ import math
 import os
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cases import ATTENTION, moved, operator, run_on
 from targets import TARGETS, Target, over
+from test_branch_attention import TOLERANCE, Inputs, int32
 
 import lopa_kernels as lk
 from lopa_kernels import _dispatch
 from lopa_kernels.ops.branch_attention import PAGE_SIZES, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# As in test_branch_attention.py.
-TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-
 PAGED = [t for t in TARGETS if _dispatch.why_absent(t.backend, "branch_attention") is None]
 #: where a bad entry is an error; elsewhere the host does not read it
 CHECKED = [t for t in PAGED if t.backend in ("cpu", "reference")]
 UNCHECKED = [t for t in PAGED if t not in CHECKED]
 
 GARBAGE = (-1, 2**31 - 1, -(2**31), 12345)
-
-
-class Inputs(NamedTuple):
-    q: torch.Tensor
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
-    k_window: torch.Tensor
-    v_window: torch.Tensor
-    cache_len: torch.Tensor
-    length: torch.Tensor
-
-
-def int32(values: Any) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype, page: int, seed: int = 0) -> Inputs:

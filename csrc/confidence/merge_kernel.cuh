@@ -13,7 +13,6 @@
 namespace lopa {
 namespace confidence {
 
-constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
 // What the partials of a row say together. Weights are relative to 2^base, base = max * scale.

@@ -21,11 +21,6 @@ constexpr int kThreads = 256;
 // A commit's vectors that a thread has in flight, and blocks of a multiprocessor: all are resident.
 constexpr int kCommitInFlight = 8;
 constexpr int kCommitBlocks = 4;
-// With the bulk-copy engine: vectors that a warp has in flight, and blocks of a multiprocessor.
-constexpr uint32_t kBulkChunk = 256;
-constexpr int kBulkBlocks = 4;
-// Reads a window as data that L2 drops first.
-constexpr bool kStreamWindows = true;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // The status word of each sequence; null where the caller gave none.
@@ -155,8 +150,7 @@ __device__ __forceinline__ CommitUnit commit_unit(const CommitArgs& a, uint32_t 
 // L2.
 template <typename Vector>
 __device__ __forceinline__ Vector load_once(const char* source) {
-  const Vector* vector = reinterpret_cast<const Vector*>(source);
-  return kStreamWindows ? __ldcs(vector) : __ldcg(vector);
+  return __ldcs(reinterpret_cast<const Vector*>(source));
 }
 
 // Of an address that the compiler does not know to be global memory.
@@ -177,9 +171,9 @@ struct RegisterCopy {
 
   // Vectors [begin, end) of a run, at most kChunk of them; column 0 of the run is at `source` and
   // at `target`.
-  __device__ __forceinline__ void copy(const CommitArgs& a, const CommitSide& side,
-                                       const char* source, char* target, uint32_t begin,
-                                       uint32_t end) {
+  __device__ __forceinline__ static void copy(const CommitArgs& a, const CommitSide& side,
+                                              const char* source, char* target, uint32_t begin,
+                                              uint32_t end) {
     const uint32_t first = begin + threadIdx.x % 32;
     Vector data[kCommitInFlight];
     if constexpr (kContiguous) {
@@ -215,90 +209,6 @@ struct RegisterCopy {
       }
     }
   }
-
-  __device__ __forceinline__ void finish() {}
-};
-
-// Copies a warp's chunks through shared memory with the bulk-copy engine of sm_90 and later; only
-// contiguous columns. One lane does it all, so that nothing needs a barrier among threads.
-struct BulkCopy {
-  using Vector = uint4;
-  static constexpr uint32_t kChunk = kBulkChunk;
-  static constexpr int kBlocks = kBulkBlocks;
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
-  __device__ void copy(const CommitArgs&, const CommitSide&, const char*, char*, uint32_t,
-                       uint32_t) {}
-  __device__ void finish() {}
-#else
-  uint32_t stage;
-  uint32_t barrier;
-  uint32_t phase = 0;
-  uint64_t policy;
-
-  __device__ __forceinline__ BulkCopy() {
-    __shared__ __align__(128) uint4 stages[kThreads / 32][kChunk];
-    __shared__ __align__(8) uint64_t barriers[kThreads / 32];
-    stage = static_cast<uint32_t>(__cvta_generic_to_shared(stages[threadIdx.x / 32]));
-    barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&barriers[threadIdx.x / 32]));
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    if (threadIdx.x % 32 == 0) {
-      asm volatile(
-          "mbarrier.init.shared::cta.b64 [%0], 1;\n\t"
-          "fence.mbarrier_init.release.cluster;\n\t"
-          "fence.proxy.async.shared::cta;" ::"r"(barrier)
-          : "memory");
-    }
-  }
-
-  __device__ __forceinline__ void copy(const CommitArgs&, const CommitSide&, const char* source,
-                                       char* target, uint32_t begin, uint32_t end) {
-    if (threadIdx.x % 32 != 0) return;
-    const int64_t offset = static_cast<int64_t>(begin) * sizeof(Vector);
-    const uint32_t bytes = (end - begin) * sizeof(Vector);
-    // The stage is free once the last chunk has been read from it.
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-                 : "memory");
-    if constexpr (kStreamWindows) {
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-          "[%1], %2, [%3], %4;" ::"r"(stage),
-          "l"(__cvta_generic_to_global(source + offset)), "r"(bytes), "r"(barrier), "l"(policy)
-          : "memory");
-    } else {
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-          "[%3];" ::"r"(stage),
-          "l"(__cvta_generic_to_global(source + offset)), "r"(bytes), "r"(barrier)
-          : "memory");
-    }
-    uint32_t done;
-    do {
-      asm volatile(
-          "{\n\t"
-          ".reg .pred done;\n\t"
-          "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n\t"
-          "selp.u32 %0, 1, 0, done;\n\t"
-          "}"
-          : "=r"(done)
-          : "r"(barrier), "r"(phase)
-          : "memory");
-    } while (done == 0);
-    phase ^= 1;
-    asm volatile(
-        "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n\t"
-        "cp.async.bulk.commit_group;" ::"l"(__cvta_generic_to_global(target + offset)),
-        "r"(stage), "r"(bytes)
-        : "memory");
-  }
-
-  // Shared memory is this block's until it has been read; the writes are the grid's, which ends
-  // with them.
-  __device__ __forceinline__ void finish() {
-    if (threadIdx.x % 32 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-  }
-#endif
 };
 
 // A warp takes chunks of a unit. With kGrouped those of all sequences are one list, 32 sequences at
@@ -318,7 +228,6 @@ __global__ void __launch_bounds__(kThreads, Copy::kBlocks)
   if (part >= a.parts) return;
   const bool reports = warp == 0 && lane < kGroup;
   uint32_t unit = warp - part * a.at_once.value;
-  Copy chunk_copy;
   wait_for_predecessor();
   Lengths lengths = read_lengths(a, kGrouped ? lane : 0);
 #pragma unroll 1
@@ -366,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, Copy::kBlocks)
               reinterpret_cast<const char*>(of_owner(reinterpret_cast<unsigned long long>(source)));
           to = reinterpret_cast<char*>(of_owner(reinterpret_cast<unsigned long long>(target)));
         }
-        chunk_copy.copy(a, *at.side, from, to, begin, smaller(begin + kChunk, last));
+        Copy::copy(a, *at.side, from, to, begin, smaller(begin + kChunk, last));
       }
       if (reports && b < a.batch) report(a.status, b, fault);
       first += kGroup;
@@ -376,7 +285,6 @@ __global__ void __launch_bounds__(kThreads, Copy::kBlocks)
     } while (kGrouped && first < a.batch);
     unit += a.at_once.value;
   } while (unit < a.units);
-  chunk_copy.finish();
 }
 
 template <int kBytes>

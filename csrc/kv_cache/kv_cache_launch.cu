@@ -17,8 +17,6 @@ using namespace kv_cache;
 constexpr int64_t kMaxGridY = 65535;
 // Blocks of a multiprocessor in a Pre-Write, whose threads mostly have one turn.
 constexpr int64_t kPrewriteBlocks = 8;
-// Contiguous commits whose windows hold at least this many bytes take the bulk-copy engine.
-constexpr int64_t kBulkBytes = INT64_MAX;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -242,13 +240,8 @@ void launch_kv_commit(const KvCommitParams& params, int32_t* status, int64_t sta
                           follows(params.v_window.stride[3]) && follows(params.k_cache.stride[2]) &&
                           follows(params.v_cache.stride[2]);
   switch (bytes) {
-    case 16: {
-      const int64_t most = args.units * s.batch * vectors * bytes;
-      if (contiguous && most >= kBulkBytes && compute_capability() >= 90) {
-        return commit<BulkCopy>(args, vectors, stream);
-      }
+    case 16:
       return commit<uint4>(contiguous, args, vectors, stream);
-    }
     case 8:
       return commit<uint2>(contiguous, args, vectors, stream);
     case 4:
