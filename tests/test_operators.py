@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lopa_kernels import _dispatch
 
 CALLS = list(all_calls())
-#: not an operator of a round, and the room that has no GPU kernels
-OTHERS = {"cpu_isa", "branch_attention", "branch_attention_lse", "branch_attention_out"}
+#: not an operator of a round
+OTHERS = {"cpu_isa"}
 
 
 def namespace(target: Target) -> str:
@@ -28,13 +28,6 @@ def namespace(target: Target) -> str:
 
 def test_every_operator_is_called() -> None:
     assert {call.name for call in op_calls().values()} == registered("lopa") - {"cpu_isa"}
-
-
-def skip_where_absent(name: str, target: Target) -> None:
-    """Only what test_every_operator_is_implemented lets a backend lack."""
-    op = name.partition(" ")[0]
-    if op in OTHERS and _dispatch.why_absent(target.backend, op) is not None:
-        pytest.skip(f"no {op} of {target}")
 
 
 @over(KERNELS)
@@ -49,7 +42,6 @@ def test_every_operator_is_implemented(target: Target) -> None:
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_the_reference(name: str, target: Target, seed: int) -> None:
-    skip_where_absent(name, target)
     if target.interpreted and seed > 0:
         pytest.skip("one is slow enough")
     call = all_calls(seed)[name]
@@ -72,7 +64,6 @@ def test_equals_the_reference(name: str, target: Target, seed: int) -> None:
 @over(KERNELS)
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name: str, target: Target) -> None:
-    skip_where_absent(name, target)
     call = op_calls()[name]
     moved = call._replace(args=target.to(call.args), kwargs=target.to(call.kwargs))
     torch.library.opcheck(operator(target, call.name), moved.args, moved.kwargs)
@@ -119,7 +110,6 @@ def error(run: Callable[..., Any], call: OpCall) -> str | None:
 @pytest.mark.parametrize("name", CALLS)
 def test_refuses_what_the_cpu_refuses(name: str, target: Target) -> None:
     """In the same words, and nothing has been written."""
-    skip_where_absent(name, target)
     call = op_calls()[name]
     native = getattr(torch.ops.lopa, call.name).default
     run = operator(target, call.name)

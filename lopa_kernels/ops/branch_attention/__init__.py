@@ -17,6 +17,7 @@ from lopa_kernels._checks import (
     check_unit_stride,
 )
 from lopa_kernels._interop import accepts_dlpack
+from lopa_kernels.ops.branch_attention import cuda as _cuda
 from lopa_kernels.ops.branch_attention import fake as _fake
 from lopa_kernels.ops.branch_attention import reference as _reference
 

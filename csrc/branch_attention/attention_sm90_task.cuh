@@ -1,0 +1,235 @@
+// What the parts of branch attention on Hopper share: sizes, arguments, the layout of shared
+// memory, and the work of a CTA.
+#pragma once
+
+#include <cstddef>
+
+#include "branch_attention/attention_sm90_ptx.cuh"
+#include "branch_attention/attention_work.h"
+
+namespace lopa {
+namespace attention {
+
+constexpr int kKeys = 2 * kUnit;  // of a tile
+constexpr int kChunks = kKeys / kChunk;
+constexpr int kWarpgroup = 128;
+constexpr int kGroupRows = 64;  // of a warpgroup
+constexpr int kHalf = 64;       // numbers of head_dim that a row in shared memory has
+constexpr int kHalfBytes = 2 * kHalf;
+// Tiles whose masks are remembered: more than the stages, as masks outlive the keys.
+constexpr int kNotes = 4;
+// A running maximum follows the scores only when they pass it by more than this, in powers of 2:
+// most tiles then scale nothing. Probabilities stay below 2^kSlack, well within fp16.
+constexpr float kSlack = 8;
+constexpr bool kTakeTurns = true;
+
+// Tiles of a cluster, and branches of a sequence, at most: a lane each.
+constexpr int kMostTiles = 31;
+constexpr int kMostBranches = 32;
+constexpr int kMostCtas = 8;
+
+// Parts of a warp's rows that a CTA gets from others. A tile's rows are shared among the CTAs whose
+// runs end in it: of 2 or 3 CTAs one may go on to another tile, of 4 or 8 none does.
+constexpr int kMostParts = 8;
+
+constexpr float kInfinity = __builtin_huge_valf();
+
+struct Sm90Arguments {
+  CUtensorMap k_prefix;  // [batch or pages, kv_heads, capacity or page_size, head_dim]
+  CUtensorMap v_prefix;
+  CUtensorMap k_window;  // [batch, branches, kv_heads, window, head_dim]
+  CUtensorMap v_window;
+
+  const char* q;
+  char* out;
+  float* lse;
+  int64_t q_stride[4];  // bytes: batch, branch, column, head
+  int64_t out_stride[4];
+
+  const int32_t* cache_len;
+  const int32_t* length;
+  const int32_t* prompt_len;   // null: the full mask
+  const int32_t* block_table;  // null: not paged
+
+  int32_t branches;
+  int32_t window;
+  int32_t capacity;
+  int32_t kv_heads;
+  Divisor group;        // query heads of a KV head
+  Divisor tiles;        // of rows, of a sequence and KV head
+  int32_t of_sequence;  // tiles of all KV heads
+  int32_t shared;       // tiles of a cluster, at most kMostTiles
+  int32_t ctas_log2;    // of a cluster
+  Divisor block_size;
+  int32_t table_width;
+  int32_t pages;
+  int32_t page_shift;
+  int32_t prefix_box;   // positions from a box of the prefix to the next: 16, 32 or 64
+  int32_t prefix_rows;  // and what it loads of them: no more than the tensor has
+  int32_t window_rows;  // the same of a chunk of a window
+  // q & q_and ^ q_xor: with the sign of the scale in the queries, the largest score is the largest
+  // scaled score; with a scale of 0 the queries are 0.
+  uint32_t q_and;
+  uint32_t q_xor;
+  float scale_log2;
+};
+
+enum NoteFlags {
+  kMasked = 1,   // not all rows see all keys
+  kMissing = 2,  // some keys do not exist
+  kWindows = 4,  // some keys are of windows
+};
+
+struct Note {
+  Chunk chunks[kChunks];
+  int32_t flags;
+  int32_t strange;  // some values are not finite
+  int32_t unused[2];
+};
+
+template <typename T, int kHeadDim_, int kConsumers_, int kStages_>
+struct Layout {
+  using Element = T;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kConsumers = kConsumers_;  // warpgroups
+  static constexpr int kStages = kStages_;
+  static constexpr int kRows = kGroupRows * kConsumers;
+  static constexpr int kHalves = kHeadDim / kHalf;
+  static constexpr int kPieces = kHeadDim / 8;  // of 16 bytes, of a row
+  static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
+  static constexpr int kConsumerThreads = kWarpgroup * kConsumers;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+
+  static constexpr int kTileBytes = kKeys * kHeadDim * 2;
+
+  // Rows of a warp, of which a CTA merges some for others: sums of two rows a thread, in its order,
+  // 16 bytes of each thread after another; and 8 threads' two maxima and sums.
+  static constexpr int kWarps = 4 * kConsumers;
+  static constexpr int kSumsBytes = kHeadDim / 2 * 4 * 32;
+  static constexpr int kTopsBytes = 8 * 16;
+
+  // Bytes from the start of dynamic shared memory, itself at a multiple of 1024.
+  static constexpr int kQ = 0;
+  static constexpr int kK = kQ + kRows * kHeadDim * 2;
+  static constexpr int kV = kK + kStages * kTileBytes;
+  static constexpr int kSums = kV + kStages * kTileBytes;
+  static constexpr int kTops = kSums + kMostParts * kSumsBytes;
+  static constexpr int kBarriers = kTops + kMostParts * kTopsBytes;
+  static constexpr int kNotesAt =
+      kBarriers + (5 * kStages + kWarps + (5 * kStages + kWarps) % 2) * 8;
+  static constexpr int kBytes = kNotesAt + kNotes * static_cast<int>(sizeof(Note));
+
+  static_assert(kHeadDim % kHalf == 0 && kStages < kNotes && kNotesAt % 16 == 0);
+};
+
+// Barriers of the rings, by stage.
+template <typename L>
+struct Barriers {
+  uint32_t base;
+
+  __device__ uint32_t k_full(int stage) const { return base + stage * 8; }
+  __device__ uint32_t k_empty(int stage) const { return base + (L::kStages + stage) * 8; }
+  __device__ uint32_t v_full(int stage) const { return base + (2 * L::kStages + stage) * 8; }
+  __device__ uint32_t v_empty(int stage) const { return base + (3 * L::kStages + stage) * 8; }
+  __device__ uint32_t v_checked(int stage) const { return base + (4 * L::kStages + stage) * 8; }
+  __device__ uint32_t parts(int warp) const { return base + (5 * L::kStages + warp) * 8; }
+};
+
+// Named barriers.
+constexpr int kAllConsumers = 1;
+__device__ __forceinline__ int barrier_of_group(int group) { return 2 + group; }
+__device__ __forceinline__ int barrier_of_turn(int group) { return 8 + group; }
+
+// Where a tile's turn through the ring is.
+template <int kStages>
+struct Turn {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// What all threads of a CTA know.
+template <typename L>
+struct Task {
+  uint32_t memory;  // shared address
+  unsigned char* pointer;
+  Barriers<L> barriers;
+  int batch;
+  int first_tile;  // of the cluster, in its sequence: head * tiles + tile
+  int tiles;       // of the cluster
+  int cache_len;
+  int rank;  // in the cluster
+
+  __device__ Note* note(uint32_t tile) const {
+    return reinterpret_cast<Note*>(pointer + L::kNotesAt) + tile % kNotes;
+  }
+  __device__ uint32_t flags_at(uint32_t tile) const {
+    return memory + L::kNotesAt + tile % kNotes * static_cast<uint32_t>(sizeof(Note)) +
+           static_cast<uint32_t>(offsetof(Note, flags));
+  }
+};
+
+// A tile of rows, and the keys of it that a CTA sees.
+template <typename L>
+struct Part {
+  int tile;  // of the cluster's
+  int head;
+  int first_row;
+  int start;  // units of the tiles before
+  int units;  // of all CTAs
+  TileKeys keys;
+
+  __device__ __forceinline__ bool whole() const { return keys.units() == units; }
+
+  __device__ __forceinline__ void set_tile(const Sm90Arguments& args, const Task<L>& task,
+                                           int number) {
+    tile = number;
+    const int in_sequence = task.first_tile + number;
+    head = quotient(in_sequence, args.tiles);
+    first_row = (in_sequence - head * static_cast<int>(args.tiles.value)) * L::kRows;
+  }
+
+  // From the unit `from` of the cluster, which is below `until`: the end of the CTA's run. By a
+  // warp, after set_tile.
+  __device__ __forceinline__ void set_keys(const Task<L>& task, const Tiles& tiles, int from,
+                                           int until) {
+    units = of_lane(tiles.units, tile);
+    start = of_lane(tiles.until, tile) - units;
+    keys.prefix_units = ceil_div(task.cache_len, kUnit);
+    keys.first_branch = of_lane(tiles.first_branch, tile);
+    keys.last_branch = of_lane(tiles.last_branch, tile);
+    keys.begin = from - start;
+    keys.end = least(until - start, units);
+  }
+};
+
+// The cluster's tile that has the unit `from`, by a warp.
+__device__ __forceinline__ int tile_at(const Tiles& tiles, int from) {
+  return __popc(__ballot_sync(~0u, tiles.until <= from));
+}
+
+// A sequence's branches, by a warp: lane k reads the length of branch k.
+__device__ __forceinline__ int length_of_lane(const Sm90Arguments& args, int batch, int lane) {
+  if (lane >= args.branches) return 0;
+  const int32_t* lengths = args.length + static_cast<int64_t>(batch) * args.branches;
+  return clamp(lengths[lane], 0, args.window);
+}
+
+template <typename L>
+__device__ __forceinline__ Tiles tiles_of_cluster(const Sm90Arguments& args, const Task<L>& task,
+                                                  const Branches& branches, int lane) {
+  Part<L> part;
+  part.set_tile(args, task, lane);
+  return tiles_of(branches, args.group, lane < task.tiles, task.tiles > 1, part.first_row, L::kRows,
+                  ceil_div(task.cache_len, kUnit), lane);
+}
+
+}  // namespace attention
+}  // namespace lopa
