@@ -39,7 +39,10 @@ __device__ __forceinline__ void produce(const Sm90Arguments& args, const Task<L>
                      task.cache_len >= kKeys && args.prefix_rows == kUnit;
   if (ahead) {
     const uint32_t full = kValues ? task.barriers.v_full(0) : task.barriers.k_full(0);
-    if (lane == 0) barrier_expect_more(full, L::kTileBytes);
+    if (lane == 0) {
+      if constexpr (!kValues) task.note(0)->flags = 0;
+      barrier_expect(full, L::kTileBytes);
+    }
     __syncwarp();
     if (c % kChunksPerUnit == 0 && c < kChunks) {
       load_box(to, prefix_map, full, half * kHalf, c * kChunk, part.head, task.batch);
@@ -52,9 +55,7 @@ __device__ __forceinline__ void produce(const Sm90Arguments& args, const Task<L>
   int from = runs.begin(task.rank);
   // Nobody leaves before what it has asked for is there.
   if (ahead && from >= until) {
-    const uint32_t full = kValues ? task.barriers.v_full(0) : task.barriers.k_full(0);
-    if (lane == 0) barrier_arrive(full);
-    barrier_wait(full, 0);
+    barrier_wait(kValues ? task.barriers.v_full(0) : task.barriers.k_full(0), 0);
   }
   int done = 0;  // units of the part
   Turn<L::kStages> turn;
@@ -74,6 +75,7 @@ __device__ __forceinline__ void produce(const Sm90Arguments& args, const Task<L>
     Chunk chunk = chunk_of(part.keys, branches, task.cache_len, begin + unit, piece, begin + units);
     done += least(units, rest);
     from += least(units, rest);
+    if (ahead && tile == 0) continue;
     const bool prefix = chunk.branch == kPrefix;
     int x1 = chunk.position, x3 = task.batch;
     if (prefix && table != nullptr && chunk.valid > 0) {
@@ -104,10 +106,6 @@ __device__ __forceinline__ void produce(const Sm90Arguments& args, const Task<L>
       __syncwarp();
     } else {
       barrier_wait(empty, turn.parity ^ 1);
-    }
-    if (ahead && tile == 0) {
-      if (lane == 0) barrier_arrive(full);
-      continue;
     }
     if (lane == 0) barrier_expect(full, rows * kHalfBytes);
     __syncwarp();
@@ -161,6 +159,7 @@ __device__ __forceinline__ void check_values(const Sm90Arguments& args, const Ta
         }
       }
       const bool any = __any_sync(~0u, strange.any());
+      __syncwarp();
       if (lane == 0) {
         task.note(tile)->strange = any;
         barrier_arrive(task.barriers.v_checked(turn.stage));

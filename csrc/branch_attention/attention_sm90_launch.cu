@@ -145,6 +145,7 @@ int64_t resident_clusters(int ctas) {
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   int& count = counts[device % kMaxDevices][ctas];
   if (count == 0) {
+    allow_shared_memory<attention_sm90_kernel<L>>(kMaxShared);
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(ctas);

@@ -116,12 +116,6 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
                : "memory");
 }
 
-// Bytes that the phase waits for, without an arrival.
-__device__ __forceinline__ void barrier_expect_more(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
 // Named barriers of some of a CTA's warps; 0 is __syncthreads.
 
 __device__ __forceinline__ void named_sync(int barrier, int threads) {
