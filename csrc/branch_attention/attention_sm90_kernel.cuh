@@ -142,9 +142,14 @@ __device__ __forceinline__ void check_values(const Sm90Arguments& args, const Ta
     for (int done = 0; done < part.keys.units(); ++tile, turn.next()) {
       const int units = part.keys.units() - done == 1 && done > 0 ? 1 : 2;
       done += units;
-      // Each of them, or phases of one parity would be taken for another.
+      // All of them, in step with the consumers: the producer waits for this warp too, or a phase
+      // of the barrier could pass unseen and the next of its parity be taken for it.
       barrier_wait(task.barriers.v_full(turn.stage), turn.parity);
-      if (!isolates || part.keys.begin + done <= part.keys.prefix_units) continue;
+      const int end = least(part.keys.begin + done, part.keys.end);
+      if (!isolates || end <= part.keys.prefix_units) {
+        if (lane == 0) barrier_arrive(task.barriers.v_empty(turn.stage));
+        continue;
+      }
       const uint32_t v = task.memory + L::kV + turn.stage * L::kTileBytes + lane * 16;
       Strange<typename L::Element> strange;
 #pragma unroll 1
@@ -163,6 +168,7 @@ __device__ __forceinline__ void check_values(const Sm90Arguments& args, const Ta
       if (lane == 0) {
         task.note(tile)->strange = any;
         barrier_arrive(task.barriers.v_checked(turn.stage));
+        barrier_arrive(task.barriers.v_empty(turn.stage));
       }
     }
   }
@@ -307,7 +313,7 @@ __global__ void __launch_bounds__(L::kThreads, 1)
       barrier_init(task.barriers.v_full(stage), 1);
       barrier_init(task.barriers.v_checked(stage), 1);
       barrier_init(task.barriers.k_empty(stage), 4 * L::kConsumers);
-      barrier_init(task.barriers.v_empty(stage), 4 * L::kConsumers);
+      barrier_init(task.barriers.v_empty(stage), 4 * L::kConsumers + 1);
     }
 #pragma unroll
     for (int i = 0; i < L::kWarps; ++i) barrier_init(task.barriers.parts(i), 1);
