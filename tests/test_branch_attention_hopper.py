@@ -136,7 +136,7 @@ def test_block_causal(
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("page", [16, 32, 64, 128, 256])
 def test_pages(page: int, head_dim: int, cut: tuple[int, int, int]) -> None:
-    """The bits of the static cache, from pages in any order; entries that nobody needs are bad."""
+    """What the static cache gives, from pages in any order; entries that nobody needs are bad."""
     B, S = 2, 900
     inputs = make((B, 3, 40, 7, 1, head_dim, S), torch.bfloat16, [871, 64], [40, 3, 40, 1, 0, 40])
     width = -(-S // page)

@@ -126,21 +126,6 @@ __device__ __forceinline__ void named_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ bool named_any(int barrier, int threads, bool mine) {
-  uint32_t any;
-  asm volatile(
-      "{\n"
-      ".reg .pred mine, any;\n"
-      "setp.ne.u32 mine, %3, 0;\n"
-      "bar.red.or.pred any, %1, %2, mine;\n"
-      "selp.u32 %0, 1, 0, any;\n"
-      "}\n"
-      : "=r"(any)
-      : "r"(barrier), "r"(threads), "r"(static_cast<uint32_t>(mine))
-      : "memory");
-  return any != 0;
-}
-
 // Makes this thread's ordinary stores to shared memory visible to the tensor cores and the copy
 // engine, once a barrier follows.
 __device__ __forceinline__ void publish_to_async() {

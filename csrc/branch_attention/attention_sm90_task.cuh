@@ -26,7 +26,6 @@ constexpr bool kTakeTurns = true;
 // Tiles of a cluster, and branches of a sequence, at most: a lane each.
 constexpr int kMostTiles = 31;
 constexpr int kMostBranches = 32;
-constexpr int kMostCtas = 8;
 
 // Parts of a warp's rows that a CTA gets from others. A tile's rows are shared among the CTAs whose
 // runs end in it: of 2 or 3 CTAs one may go on to another tile, of 4 or 8 none does.
