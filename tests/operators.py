@@ -197,7 +197,7 @@ def public_calls(seed: int = 0) -> dict[str, Call]:
 
 
 def attention_calls(seed: int = 0) -> dict[str, Call]:
-    """The same of branch_attention, which not every backend has."""
+    """The same of branch_attention, whose kernels on a GPU are of two backends."""
     g = torch.Generator().manual_seed(seed)
     B, K, W, Hq, Hk, D, S, page = 2, 3, 5, 4, 2, 8, 48, 16
 

@@ -268,6 +268,11 @@ void launch_fastest(const BranchAttentionParams& p, AttentionCut wanted, cudaStr
   Cut cut{};
   choose_cut<One>(p, wanted, &cut);
   choose_cut<Two>(p, wanted, &cut);
+  if (cut.warpgroups == 0) {
+    throw std::runtime_error(
+        "branch_attention: expected a cut of 1, 2, 4 or 8 CTAs, at most 31 tiles and 1 or 2 "
+        "warpgroups");
+  }
   if (cut.warpgroups == 1) return launch_layout<One>(p, cut, stream);
   launch_layout<Two>(p, cut, stream);
 }

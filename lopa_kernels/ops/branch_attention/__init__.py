@@ -140,7 +140,8 @@ def branch_attention(
     Raises:
         TypeError, ValueError: dtype, shape, device or stride of an argument.
         RuntimeError: on the CPU, a value of `cache_len`, `length` or `prompt_len` out of range, or
-            a needed entry of `block_table`. (On a GPU nobody sees the keys of such a page.)
+            a needed entry of `block_table`. (On a GPU nobody sees the keys of such a page.) On a
+            GPU without Triton, what the CUDA kernel does not take.
     """
     op = "branch_attention"
     check_rank(op, "q", q, 5)
