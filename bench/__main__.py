@@ -35,7 +35,10 @@ def run(
     settings: Settings,
     run_case: Callable[[Case, Settings, bool], Result] = runner.run_case,
 ) -> list[Result]:
-    """Runs the cases under a live progress bar; an operator that failed is timed no further."""
+    """Runs the cases under a live progress bar; an operator that failed is timed no further.
+
+    Interrupted (Ctrl-C), it tells of the cases that are complete.
+    """
     results: list[Result] = []
     columns = (
         TextColumn("{task.description}"),
@@ -48,7 +51,11 @@ def run(
         for case in cases:
             progress.update(task, description=f"{case.op}: {case.name}")
             timed = case.op not in report.failed_ops(results)
-            results.append(run_case(case, settings, timed))
+            try:
+                results.append(run_case(case, settings, timed))
+            except KeyboardInterrupt:
+                print(f"interrupted after {len(results)} of {len(cases)} cases", file=sys.stderr)
+                break
             progress.advance(task)
     return results
 

@@ -1,42 +1,31 @@
-"""branch_attention against PyTorch's attention, the prefix copied to every branch or not; paged."""
+"""branch_attention against PyTorch's attention, the prefix copied to every branch or not; paged.
+
+On a GPU also against FlashInfer's cascade.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention import SDPBackend
 
+from bench import peers
+from bench.attention_peers import (
+    Shape,
+    block_mask_of,
+    cascade,
+    flex,
+    prepared,
+    sdpa_copied,
+    sdpa_with_copy,
+)
 from bench.case import Case
 from lopa_kernels import branch_attention
 from lopa_kernels.ops.branch_attention import reference
-
-
-class Shape(NamedTuple):
-    """Letters of the contract, P being the cached prefix."""
-
-    B: int
-    K: int
-    W: int
-    P: int
-    Hq: int = 6
-    Hk: int = 2
-    D: int = 64
-
-
-class Peer(NamedTuple):
-    """What the peers want ready made, outside the timing: heads before positions, prefix copied."""
-
-    q: torch.Tensor
-    k_copied: torch.Tensor
-    v_copied: torch.Tensor
-    q_packed: torch.Tensor
-    k_packed: torch.Tensor
-    v_packed: torch.Tensor
-    block_mask: Any
 
 
 class Paged(NamedTuple):
@@ -67,24 +56,6 @@ def scattered(
     return Paged(scatter(k_cache), scatter(v_cache), table.int())
 
 
-def copied(cache: torch.Tensor, window: torch.Tensor, prefix: int) -> torch.Tensor:
-    """[B * K, Hk, P + W, D]: every branch has the prefix before its window."""
-    branches = window.shape[1]
-    expanded = cache[:, None, :prefix].expand(-1, branches, -1, -1, -1)
-    return torch.cat([expanded, window], dim=2).flatten(0, 1).transpose(1, 2)
-
-
-def packed(cache: torch.Tensor, window: torch.Tensor, prefix: int) -> torch.Tensor:
-    """[B, Hk, P + K * W, D]: one prefix, then the branches one after another."""
-    return torch.cat([cache[:, :prefix], window.flatten(1, 2)], dim=1).transpose(1, 2).contiguous()
-
-
-@functools.cache
-def compiled_flex() -> Callable[..., torch.Tensor]:
-    """FlexAttention as it is meant to be used; the first call compiles."""
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def operands(
     shape: Shape, dtype: torch.dtype, device: str, generator: torch.Generator
 ) -> tuple[torch.Tensor, ...]:
@@ -109,72 +80,50 @@ def make_paged(
     tuples = []
     for _ in range(buffers):
         inputs = operands(shape, dtype, device, generator)
-        tuples.append((*inputs, scattered(*inputs[1:3], shape.P, page, generator)))
+        _, k_cache, v_cache, *_ = inputs
+        tuples.append((*inputs, scattered(k_cache, v_cache, shape.P, page, generator)))
     return tuples
 
 
-def make(shape: Shape, dtype: torch.dtype, device: str, buffers: int) -> list[tuple[Any, ...]]:
+def make(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str,
+    pools: bool,
+    page: int | None,
+    buffers: int,
+) -> list[tuple[Any, ...]]:
+    """Operands and what the peers want of them, FlashInfer's `pools` too; and with a `page` the
+    prefix in such pages.
+    """
     generator = torch.Generator(device).manual_seed(0)
-
-    def visible(b: Any, h: Any, query: Any, key: Any) -> Any:
-        branch = (key - shape.P) // shape.W
-        return (key < shape.P) | (branch == query // shape.W)
-
     # Each shape is compiled for itself; without this the eighth falls back to eager.
     torch.compiler.reset()
-    rows = shape.K * shape.W
-    block_mask = create_block_mask(visible, None, None, rows, shape.P + rows, device=device)
+    block_mask = block_mask_of(shape, device)
     tuples = []
     for _ in range(buffers):
         inputs = operands(shape, dtype, device, generator)
-        q, k_cache, v_cache, k_window, v_window = inputs[:5]
-        peer = Peer(
-            q.flatten(0, 1).transpose(1, 2).contiguous(),
-            copied(k_cache, k_window, shape.P).contiguous(),
-            copied(v_cache, v_window, shape.P).contiguous(),
-            q.flatten(1, 2).transpose(1, 2).contiguous(),
-            packed(k_cache, k_window, shape.P),
-            packed(v_cache, v_window, shape.P),
-            block_mask,
-        )
-        tuples.append((*inputs, peer))
+        made: tuple[Any, ...] = (*inputs, prepared(shape, inputs, block_mask, pools))
+        if page is not None:
+            _, k_cache, v_cache, *_ = inputs
+            made += (scattered(k_cache, v_cache, shape.P, page, generator),)
+        tuples.append(made)
     return tuples
 
 
-def lopa(*inputs: Any) -> torch.Tensor:
-    result = branch_attention(*inputs[:7])
+def lopa(*inputs: Any, backend: str | None = None) -> torch.Tensor:
+    result = branch_attention(*inputs[:7], backend=backend)
     assert isinstance(result, torch.Tensor)
     return result
 
 
 def lopa_paged(*inputs: Any) -> torch.Tensor:
-    q, _, _, *windows_and_lengths, paged = inputs
+    paged = inputs[-1]
     result = branch_attention(
-        q, paged.k_pool, paged.v_pool, *windows_and_lengths, block_table=paged.block_table
+        inputs[0], paged.k_pool, paged.v_pool, *inputs[3:7], block_table=paged.block_table
     )
     assert isinstance(result, torch.Tensor)
     return result
-
-
-def sdpa_copied(shape: Shape, *inputs: Any) -> torch.Tensor:
-    peer = inputs[7]
-    out = scaled_dot_product_attention(peer.q, peer.k_copied, peer.v_copied, enable_gqa=True)
-    return out.transpose(1, 2).unflatten(0, (shape.B, shape.K))
-
-
-def sdpa_with_copy(shape: Shape, *inputs: Any) -> torch.Tensor:
-    _, k_cache, v_cache, k_window, v_window, _, _, peer = inputs
-    k, v = copied(k_cache, k_window, shape.P), copied(v_cache, v_window, shape.P)
-    out = scaled_dot_product_attention(peer.q, k, v, enable_gqa=True)
-    return out.transpose(1, 2).unflatten(0, (shape.B, shape.K))
-
-
-def flex(shape: Shape, *inputs: Any) -> torch.Tensor:
-    peer = inputs[7]
-    out = compiled_flex()(
-        peer.q_packed, peer.k_packed, peer.v_packed, block_mask=peer.block_mask, enable_gqa=True
-    )
-    return out.transpose(1, 2).unflatten(1, (shape.K, shape.W))
 
 
 def eager(*inputs: Any) -> torch.Tensor:
@@ -182,9 +131,48 @@ def eager(*inputs: Any) -> torch.Tensor:
     return reference.attend(*inputs[:7])[0].to(q.dtype)
 
 
+def oracle(shape: Shape, *inputs: Any) -> torch.Tensor:
+    """float64 [B, K, W, Hq, D] of full windows, a branch and a KV head at a time.
+
+    The scores of all heads at once would not fit beside the inputs of the longest prefix.
+    """
+    q, k_cache, v_cache, k_window, v_window = inputs[:5]
+    result = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    for b in range(shape.B):
+        for head in range(shape.Hk):
+            prefix = [cache[b, : shape.P, head].double() for cache in (k_cache, v_cache)]
+            for branch in range(shape.K):
+                own = [window[b, branch, :, head].double() for window in (k_window, v_window)]
+                k, v = (torch.cat(parts) for parts in zip(prefix, own, strict=True))
+                queries, out = (
+                    rows[b, branch].unflatten(1, (shape.Hk, -1))[:, head] for rows in (q, result)
+                )
+                scores = queries.double().flatten(0, 1) @ k.T * shape.D**-0.5
+                out.copy_((scores.softmax(-1) @ v).view(out.shape))
+    return result
+
+
 def check(dtype: torch.dtype, result: Any, expected: Any) -> None:
+    """Within a tolerance that falls with the results, which long prefixes average away."""
     atol = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[dtype]
+    if dtype != torch.float32:
+        atol *= min(1.0, 10 * expected.double().square().mean().sqrt().item())
     torch.testing.assert_close(result.float(), expected.float(), rtol=0, atol=atol)
+
+
+def name_of(shape: Shape, dtype: torch.dtype) -> str:
+    sizes = " ".join(f"{letter}{size}" for letter, size in shape._asdict().items())
+    return f"{sizes} {str(dtype).removeprefix('torch.')}"
+
+
+def least_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    rows = shape.B * shape.K * shape.W
+    elements = 2 * rows * shape.Hq + 2 * rows * shape.Hk + 2 * shape.B * shape.P * shape.Hk
+    return elements * shape.D * dtype.itemsize
+
+
+def least_flops(shape: Shape) -> int:
+    return 4 * shape.B * shape.K * shape.W * shape.Hq * shape.D * (shape.P + shape.W)
 
 
 def case(shape: Shape, dtype: torch.dtype, device: str = "cpu", page: int | None = None) -> Case:
@@ -192,18 +180,13 @@ def case(shape: Shape, dtype: torch.dtype, device: str = "cpu", page: int | None
 
     With a `page`, the prefix in pages beside the same one that is not.
     """
-    rows = shape.B * shape.K * shape.W
-    elements = (
-        2 * rows * shape.Hq + 2 * rows * shape.Hk + 2 * shape.B * shape.P * shape.Hk
-    ) * shape.D
-    name = " ".join(f"{letter}{size}" for letter, size in shape._asdict().items())
-    name += f" {str(dtype).removeprefix('torch.')}"
+    name = name_of(shape, dtype)
     providers: dict[str, Callable[..., Any]] = {"lopa": lopa}
     if page is None:
-        maker = functools.partial(make, shape, dtype, device)
+        maker = functools.partial(make, shape, dtype, device, False, None)
         providers |= {
-            "SDPA, prefix copied before": functools.partial(sdpa_copied, shape),
-            "SDPA with the copy": functools.partial(sdpa_with_copy, shape),
+            "SDPA, prefix copied before": functools.partial(sdpa_copied, shape, None),
+            "SDPA with the copy": functools.partial(sdpa_with_copy, shape, None),
             "FlexAttention": functools.partial(flex, shape),
         }
     else:
@@ -217,8 +200,50 @@ def case(shape: Shape, dtype: torch.dtype, device: str = "cpu", page: int | None
         providers={**providers, "eager": eager},
         reference="eager",
         check=functools.partial(check, dtype),
-        bytes=elements * dtype.itemsize,
-        flops=4 * rows * shape.Hq * shape.D * (shape.P + shape.W),
+        bytes=least_bytes(shape, dtype),
+        flops=least_flops(shape),
+    )
+
+
+def gpu_case(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str = "cuda",
+    page: int | None = None,
+    tags: tuple[str, ...] = (),
+) -> Case:
+    """The same against the kernels that a GPU has; with a `page` ours on such pages too.
+
+    `tags` go into the name, where ``--case`` finds them.
+    """
+    ours: dict[str, Callable[..., Any]] = {"lopa": lopa}
+    if peers.has_triton("branch_attention"):
+        ours["lopa, triton"] = functools.partial(lopa, backend="triton")
+    if page is not None:
+        ours[f"lopa, paged {page}"] = lopa_paged
+    cudnn, flash = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+    others: dict[str, Callable[..., Any]] = {
+        "FlexAttention": functools.partial(flex, shape),
+        "cuDNN SDPA, prefix copied before": functools.partial(sdpa_copied, shape, cudnn),
+        "cuDNN SDPA with the copy": functools.partial(sdpa_with_copy, shape, cudnn),
+        "FlashAttention-2 SDPA, prefix copied before": functools.partial(sdpa_copied, shape, flash),
+    }
+    flashinfer = peers.has_flashinfer()
+    if flashinfer:
+        for backend in ("fa2", "fa3"):
+            others[f"FlashInfer cascade, {backend}"] = functools.partial(cascade, shape, backend)
+    return Case(
+        op="branch_attention",
+        name=", ".join([name_of(shape, dtype), *tags]),
+        make=functools.partial(make, shape, dtype, device, flashinfer, page),
+        providers={**ours, **others},
+        reference=None,
+        check=functools.partial(check, dtype),
+        bytes=least_bytes(shape, dtype),
+        flops=least_flops(shape),
+        device=device,
+        oracle=functools.partial(oracle, shape),
+        optional=tuple(others),
     )
 
 
@@ -239,10 +264,49 @@ DREAM = Shape(1, 4, 64, 1024, 28, 4, 128)
 PAGES = (16, 64, 256)
 
 
+#: query and KV heads of Dream-7B and of LLaDA-8B
+HEADS = ((28, 4), (32, 32))
+
+#: rounds with a time of their own to reach
+GOALS = (
+    Shape(1, 4, 64, 1024, 28, 4, 128),
+    Shape(1, 8, 64, 1024, 28, 4, 128),
+    Shape(1, 8, 64, 4096, 28, 4, 128),
+    Shape(1, 8, 128, 2048, 28, 4, 128),
+    Shape(1, 8, 64, 1024, 32, 32, 128),
+    Shape(1, 11, 96, 1024, 28, 4, 128),
+    Shape(1, 4, 32, 8192, 28, 4, 128),
+    Shape(1, 8, 32, 512, 28, 4, 128),
+)
+
+
+def sweep() -> list[Shape]:
+    """The design: a centre, each axis through it, and the corners; for either layout of heads."""
+    sizes = [
+        (8, 64, 1024),
+        *((k, 64, 1024) for k in (1, 2, 4, 16)),
+        *((8, w, 1024) for w in (16, 32, 128, 256)),
+        *((8, 64, p) for p in (0, 256, 4096, 32768)),
+        *itertools.product((2, 16), (16, 256), (256, 32768)),
+    ]
+    return [Shape(1, k, w, p, *heads, 128) for heads in HEADS for k, w, p in sizes]
+
+
+def gpu_cases(device: str) -> list[Case]:
+    """The goals, then the sweep; what is in both is one case with both tags."""
+    swept = sweep()
+    found = []
+    for shape in dict.fromkeys([*GOALS, *swept]):
+        tags = [tag for tag, members in (("goal", GOALS), ("sweep", swept)) if shape in members]
+        page = 64 if shape in GOALS else None
+        found.append(gpu_case(shape, torch.bfloat16, device, page, tuple(tags)))
+    return found
+
+
 def cases(device: str = "cpu") -> list[Case]:
-    """Every case on one device; there is a kernel for the CPU alone."""
+    """Every case on one device."""
     if device != "cpu":
-        return []
+        return gpu_cases(device)
     return [
         *(case(shape, torch.float32, device) for shape in TINY),
         case(TINY[2], torch.bfloat16, device),

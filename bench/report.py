@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +109,74 @@ def _row(result: Result, measurement: Measurement, roofline: Roofline, told: boo
     ]
 
 
+def sizes_of(name: str) -> dict[str, int]:
+    """The letters of a case's name: "B1 K8 W64" or "B 1 K 8 W 64"."""
+    return {letter: int(size) for letter, size in re.findall(r"\b([A-Z][a-z]?) ?(\d+)\b", name)}
+
+
+def _is_swept(case: Case) -> bool:
+    return "sweep" in case.name.split(", ")
+
+
+def _looks_ahead(case: Case) -> bool:
+    sizes = sizes_of(case.name)
+    return sizes.get("K", 0) >= 2 and sizes.get("P", 0) >= 256
+
+
+#: what cases of an operator a summary is about
+SUBSETS: dict[str, Callable[[Case], bool]] = {
+    "all": lambda case: True,
+    "sweep": _is_swept,
+    "K >= 2 and P >= 256": _looks_ahead,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How many times as fast as its best peer `lopa` is, over cases of one operator."""
+
+    op: str
+    subset: str
+    cases: int
+    geometric_mean: float
+    lowest: float
+    lowest_case: str
+    below_one: list[str]
+
+    def line(self) -> str:
+        slower = f"slower than it in {len(self.below_one)}: " + "; ".join(self.below_one)
+        return (
+            f"- {self.subset}, {self.cases} cases: {self.geometric_mean:.2f}x the best peer in the "
+            f"geometric mean, at least {self.lowest:.2f}x ({self.lowest_case}); "
+            + (slower if self.below_one else "slower than it in none")
+        )
+
+
+def summaries(results: list[Result]) -> list[Summary]:
+    """Of every operator of which speed is told, for each subset that has two cases or more."""
+    ratios: dict[str, list[tuple[Case, float]]] = {}
+    for result in results:
+        for measurement in result.measurements:
+            ratio = result.ratio(measurement)
+            if measurement.provider == "lopa" and ratio is not None:
+                ratios.setdefault(result.case.op, []).append((result.case, ratio))
+    found = []
+    for op, pairs in ratios.items():
+        if op in failed_ops(results):
+            continue
+        for subset, belongs in SUBSETS.items():
+            chosen = [(ratio, case.name) for case, ratio in pairs if belongs(case)]
+            if len(chosen) < 2:
+                continue
+            lowest, lowest_case = min(chosen)
+            mean = statistics.geometric_mean(ratio for ratio, _ in chosen)
+            below = [name for ratio, name in chosen if ratio < 1]
+            found.append(Summary(op, subset, len(chosen), mean, lowest, lowest_case, below))
+    return found
+
+
 def markdown(results: list[Result], roofline: Roofline, header: dict[str, str]) -> str:
-    """The environment, then a table for each operator."""
+    """The environment, then for each operator a table and what it comes to."""
     facts = {**header, **roofline.header()}
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     on_gpu = any(result.case.device == "cuda" for result in results)
@@ -124,6 +192,9 @@ def markdown(results: list[Result], roofline: Roofline, header: dict[str, str]) 
                 rows.append([name, *_row(result, measurement, roofline, op not in withheld)])
         table = tabulate(rows, ("case", *headers), tablefmt="github", disable_numparse=True)
         lines += ["", f"## {op}", "", table]
+        told = [summary.line() for summary in summaries(results) if summary.op == op]
+        if told:
+            lines += ["", "Times as fast as the best peer:", "", *told]
     return "\n".join(lines)
 
 
@@ -174,6 +245,7 @@ def as_dict(results: list[Result], roofline: Roofline, header: dict[str, str]) -
         "environment": header,
         "roofline": dataclasses.asdict(roofline),
         "cases": cases,
+        "summaries": [dataclasses.asdict(summary) for summary in summaries(results)],
     }
 
 
@@ -182,7 +254,10 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 
 
 def plot(path: Path, results: list[Result]) -> None:
-    """How many times as fast as the best peer ours is, a bar a case; and times against rows."""
+    """How many times as fast as the best peer ours is, a bar a case; and times against rows.
+
+    A sweep has a panel for each layout of heads; its cases have a bar where they are goals too.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -195,9 +270,10 @@ def plot(path: Path, results: list[Result]) -> None:
         for result in told
         for measurement in result.measurements
         if measurement.provider == "lopa" and (ratio := result.ratio(measurement)) is not None
+        if "goal" in result.case.name or not _is_swept(result.case)
     ]
-    series = _series(told)
-    heights = [1.5 + 0.3 * len(bars), *[4.0] * len(series)]
+    series, sweeps = _series(told), _sweeps(told)
+    heights = [1.5 + 0.3 * len(bars), *[4.0] * len(series), *[5.0] * len(sweeps)]
     figure, panels = pyplot.subplots(
         len(heights),
         figsize=(10, sum(heights)),
@@ -206,8 +282,11 @@ def plot(path: Path, results: list[Result]) -> None:
         squeeze=False,
     )
     _draw_bars(panels[0, 0], bars[::-1])
-    for axes, (label, points) in zip(panels[1:, 0], series.items(), strict=True):
-        _draw_series(axes, label, points)
+    following = iter(panels[1:, 0])
+    for label, points in series.items():
+        _draw_series(next(following), label, points)
+    for label, swept in sweeps.items():
+        _draw_sweep(next(following), label, swept)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
@@ -257,5 +336,50 @@ def _draw_series(axes: Any, label: str, points: list[tuple[int, Result]]) -> Non
     axes.set_xticks([rows for rows, _ in points], [str(rows) for rows, _ in points])
     axes.minorticks_off()
     # Title and legend run into the room that the bars' labels take on the left.
+    axes.set_title(label, loc="right", fontsize="medium")
+    axes.legend(fontsize="small", loc="center right", bbox_to_anchor=(-0.15, 0.5))
+
+
+def _sweeps(results: list[Result]) -> dict[str, dict[tuple[int, int], dict[int, float]]]:
+    """Of each layout of heads the ratios by (K, W), then by P."""
+    found: dict[str, dict[tuple[int, int], dict[int, float]]] = {}
+    for result in results:
+        sizes = sizes_of(result.case.name)
+        if not _is_swept(result.case) or not {"K", "W", "P", "Hq", "Hk"} <= set(sizes):
+            continue
+        label = f"{result.case.op}, {sizes['Hq']}/{sizes['Hk']} heads"
+        for measurement in result.measurements:
+            ratio = result.ratio(measurement)
+            if measurement.provider == "lopa" and ratio is not None:
+                lines = found.setdefault(label, {})
+                lines.setdefault((sizes["K"], sizes["W"]), {})[sizes["P"]] = ratio
+    return found
+
+
+def _draw_sweep(axes: Any, label: str, lines: dict[tuple[int, int], dict[int, float]]) -> None:
+    """A line for each (K, W), K by its colour and W by its marker, side by side at every P."""
+    from matplotlib import ticker
+
+    prefixes = sorted({prefix for points in lines.values() for prefix in points})
+    branches = sorted({k for k, _ in lines})
+    windows = sorted({w for _, w in lines})
+    for index, (k, w) in enumerate(sorted(lines)):
+        aside = 0.6 * ((index + 0.5) / len(lines) - 0.5)
+        points = sorted(lines[k, w].items())
+        axes.plot(
+            [prefixes.index(prefix) + aside for prefix, _ in points],
+            [ratio for _, ratio in points],
+            color=f"C{branches.index(k)}",
+            marker="osD^vPX*"[windows.index(w) % 8],
+            linewidth=1,
+            label=f"K {k}, W {w}",
+        )
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.set(yscale="log", xlabel="P", ylabel="times as fast as the best peer")
+    axes.set_xticks(range(len(prefixes)), [str(prefix) for prefix in prefixes])
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7, 8)))
+    axes.yaxis.set_major_formatter("{x:g}x")
+    axes.yaxis.set_minor_formatter("")
+    axes.grid(axis="y", alpha=0.3)
     axes.set_title(label, loc="right", fontsize="medium")
     axes.legend(fontsize="small", loc="center right", bbox_to_anchor=(-0.15, 0.5))

@@ -120,6 +120,19 @@ def test_a_provider_that_raises_has_failed(tmp_path: Path) -> None:
     assert written["cases"][0]["measurements"][2]["check"] == "FAILED: RuntimeError: no such kernel"
 
 
+def test_an_interrupted_run_tells_of_the_complete_cases(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(x: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    cases = [sum_case(), sum_case(providers={"lopa": torch.sum, "peer": interrupt}), sum_case()]
+    status, written = run(cases, tmp_path)
+    assert status == 0
+    assert [case["name"] for case in written["cases"]] == [cases[0].name]
+    assert "interrupted after 1 of 3 cases" in capsys.readouterr().err
+
+
 def test_providers_that_write_to_their_inputs_are_checked_on_copies() -> None:
     def add(x: torch.Tensor) -> torch.Tensor:
         return x.add_(1)

@@ -28,10 +28,11 @@ pytestmark = [
 
 DTYPES = (torch.bfloat16, torch.float16)
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-#: CTAs of a cluster, tiles of rows that they share, warpgroups of 64 rows; 0: chosen
+#: CTAs of a cluster, tiles of rows that they share, rows of a tile; 0: chosen
 CUTS = [
-    (0, 0, 0), (1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (4, 1, 2), (8, 1, 1), (8, 1, 2),
-    (1, 2, 2), (1, 3, 1), (4, 7, 1), (4, 7, 2), (8, 3, 2), (8, 31, 1), (2, 5, 1),
+    (0, 0, 0), (1, 1, 64), (1, 1, 128), (2, 1, 64), (2, 1, 128), (4, 1, 128), (8, 1, 64),
+    (8, 1, 128), (1, 2, 128), (1, 3, 64), (4, 7, 64), (4, 7, 128), (8, 3, 128), (8, 31, 64),
+    (2, 5, 64),
 ]  # fmt: skip
 
 

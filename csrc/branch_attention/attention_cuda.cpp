@@ -181,15 +181,15 @@ bool branch_attention_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_win
                           Tensor v_window, Tensor cache_len, Tensor length, OptTensor prompt_len,
                           OptTensor block_table, TextHandle mask_text,
                           std::optional<int64_t> block_size, std::optional<double> scale,
-                          int64_t form, int64_t ctas, int64_t shared, int64_t warpgroups,
-                          Tensor out, OptTensor lse) {
+                          int64_t form, int64_t ctas, int64_t shared, int64_t tile_rows, Tensor out,
+                          OptTensor lse) {
   const std::string mask = take_text(mask_text);
   Call call(kForms[form > 0 && form < 3 ? form : 0],
             {q, k_cache, v_cache, k_window, v_window, cache_len, length, prompt_len, block_table},
             mask, block_size, scale);
   call.set_out(out);
   if (lse.has_value()) call.set_lse(*lse);
-  return call.run({static_cast<int>(ctas), static_cast<int>(shared), static_cast<int>(warpgroups)});
+  return call.run({static_cast<int>(ctas), static_cast<int>(shared), static_cast<int>(tile_rows)});
 }
 
 }  // namespace
@@ -202,7 +202,7 @@ STABLE_TORCH_LIBRARY(lopa_cuda, m) {
   m.def(
       "branch_attention_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_window, "
       "Tensor v_window, Tensor cache_len, Tensor length, Tensor? prompt_len, Tensor? block_table, "
-      "str mask, int? block_size, float? scale, int form, int ctas, int shared, int warpgroups, *, "
+      "str mask, int? block_size, float? scale, int form, int ctas, int shared, int tile_rows, *, "
       "Tensor(a!) out, Tensor(b!)? lse) -> bool");
 }
 

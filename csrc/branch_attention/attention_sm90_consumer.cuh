@@ -7,22 +7,20 @@ namespace lopa {
 namespace attention {
 
 // The thread's place in its warpgroup's 64 rows.
+template <typename L>
 struct Place {
   int group;   // warpgroup of the consumers
   int thread;  // of the warpgroup
-  int warp;    // of all consumers
+  int warp;    // by its 16 rows of the tile
   int lane;
-  int row;  // of the tile: the first of the thread's two, 8 apart
 
   __device__ Place(int group, int thread)
       : group(group),
         thread(thread),
-        warp(group * 4 + thread / 32),
-        lane(thread % 32),
-        row(group * kGroupRows + thread / 32 * 16 + lane / 4) {}
+        warp((L::kSplits ? 0 : group * 4) + thread / 32),
+        lane(thread % 32) {}
 };
 
-template <typename L>
 __device__ __forceinline__ uint32_t piece_address(uint32_t tile, int half_bytes, int row,
                                                   int piece) {
   return tile + piece / 8 * half_bytes + row * kHalfBytes + (((piece % 8) ^ (row % 8)) << 4);
@@ -33,9 +31,11 @@ struct WarpRows {
   Row row;
   int first_head;  // of the group
 
-  __device__ __forceinline__ int64_t offset(const int64_t (&stride)[4], int batch) const {
-    return batch * stride[0] + row.branch * stride[1] + row.column * stride[2] +
-           (first_head + row.head) * stride[3];
+  // In pieces of 16 bytes.
+  __device__ __forceinline__ int offset(const int64_t (&stride)[4], int batch) const {
+    const int64_t bytes = batch * stride[0] + row.branch * stride[1] + row.column * stride[2] +
+                          (first_head + row.head) * stride[3];
+    return static_cast<int>(bytes >> 4);
   }
   __device__ __forceinline__ Row of(int lane) const {
     return Row{of_lane(row.branch, lane), of_lane(row.column, lane), of_lane(row.visible, lane),
@@ -43,17 +43,17 @@ struct WarpRows {
   }
 };
 
-__device__ __forceinline__ int64_t of_lane(int64_t x, int lane) {
-  return __shfl_sync(~0u, static_cast<long long>(x), lane);
-}
-
-// A warp's rows of Q: each lane 16 bytes of several rows; dead rows are 0. They are read from where
-// a tensor begins, and dropped, so that no load waits for another.
+// A warp's rows of Q, in shared memory: each lane copies 16 bytes of several rows.
 template <typename L>
 struct Queries {
   static constexpr int kEach = 16 * L::kPieces / 32;
-  uint4 x[kEach];
-  uint32_t live = 0;  // of the loads
+
+  uint32_t at;  // of the warp's rows
+  int lane;
+
+  __device__ __forceinline__ Queries(const Task<L>& task, const Place<L>& place)
+      : at(task.memory + L::kQ + place.group * L::kGroupQBytes + place.warp * 16 * kHalfBytes),
+        lane(place.lane) {}
 
   static __device__ __forceinline__ int row_of(int i, int lane) {
     return (i * 32 + lane) / static_cast<unsigned>(L::kPieces);
@@ -61,42 +61,48 @@ struct Queries {
   static __device__ __forceinline__ int piece_of(int lane) {
     return lane % static_cast<unsigned>(L::kPieces);
   }
+  __device__ __forceinline__ uint32_t address(int row, int piece) const {
+    return piece_address(at, L::kRows * kHalfBytes, row, piece);
+  }
 
-  __device__ __forceinline__ void load(const Sm90Arguments& args, int batch, const WarpRows& rows,
-                                       int lane) {
-    const int64_t own = rows.row.visible > 0 ? rows.offset(args.q_stride, batch) : -1;
+  // Dead rows are 0.
+  __device__ __forceinline__ void copy(const Sm90Arguments& args, int batch, const WarpRows& rows,
+                                       bool live) const {
+    const int own = live ? rows.offset(args.q_stride, batch) : -1;
     const char* from = args.q + piece_of(lane) * 16;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int64_t offset = of_lane(own, row_of(i, lane));
-      live |= static_cast<uint32_t>(offset >= 0) << i;
-      x[i] = load_once(from + (offset >= 0 ? offset : 0));
+      const int row = row_of(i, lane);
+      const int offset = of_lane(own, row);
+      copy_piece(address(row, piece_of(lane)), from + static_cast<int64_t>(most(offset, 0)) * 16,
+                 offset < 0 ? 0 : 16);
     }
   }
 
-  __device__ __forceinline__ void store(const Sm90Arguments& args, uint32_t memory, int first_row,
-                                        int lane) {
-#pragma unroll
+  // Until they are there, with the sign of the scale.
+  __device__ __forceinline__ void await(const Sm90Arguments& args) const {
+    copies_wait();
+    if (args.q_and == ~0u && args.q_xor == 0) return;
+#pragma unroll 1
     for (int i = 0; i < kEach; ++i) {
-      const uint32_t keep = (live >> i & 1) != 0 ? args.q_and : 0;
-      x[i].x = x[i].x & keep ^ args.q_xor;
-      x[i].y = x[i].y & keep ^ args.q_xor;
-      x[i].z = x[i].z & keep ^ args.q_xor;
-      x[i].w = x[i].w & keep ^ args.q_xor;
-      store_shared(piece_address<L>(memory + L::kQ, L::kRows * kHalfBytes,
-                                    first_row + row_of(i, lane), piece_of(lane)),
-                   x[i]);
+      const uint32_t piece = address(row_of(i, lane), piece_of(lane));
+      uint4 x = load_shared(piece);
+      x.x = x.x & args.q_and ^ args.q_xor;
+      x.y = x.y & args.q_and ^ args.q_xor;
+      x.z = x.z & args.q_and ^ args.q_xor;
+      x.w = x.w & args.q_and ^ args.q_xor;
+      store_shared(piece, x);
     }
   }
 };
 
 // -inf where a row does not see a key.
 template <int kCount>
-__device__ __forceinline__ void mask(float (&s)[kCount], const Note& note, const Row (&rows)[2],
+__device__ __forceinline__ void mask(float (&s)[kCount], const Chunk* chunks, const Row (&rows)[2],
                                      int lane) {
 #pragma unroll
   for (int c = 0; c < kCount / 8; ++c) {
-    const Chunk chunk = note.chunks[c];
+    const Chunk chunk = chunks[c];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int limit = limit_of(chunk, rows[r]) - 2 * (lane % 4);
@@ -156,58 +162,71 @@ __device__ __forceinline__ bool softmax(float (&s)[kCount], float (&top)[2], flo
 template <typename L>
 struct Consumer {
   static constexpr int kOut = L::kHeadDim / 2;
+  static constexpr int kQueries = L::kSplits ? L::kHeadDim / 4 : 1;
   using T = typename L::Element;
 
   const Sm90Arguments& args;
   const Task<L>& task;
   const TileKeys& keys;
-  const Place& place;
+  const Place<L>& place;
   Row (&rows)[2];
   float (&out)[kOut];
   float (&top)[2];
   float (&sum)[2];
-  uint32_t (&probabilities)[kKeys / 4];
+  uint32_t (&queries)[kQueries];  // where warpgroups share rows: as the products take them
+  uint32_t (&probabilities)[L::kGroupKeys / 4];
   const bool isolates;  // the tile's rows see different keys of the windows
   uint32_t& checked;    // parities of the barriers of checked values
   bool keys_ready = false;
+  bool values_ready = false;
+  uint32_t flags = 0;  // of the tile before
 
-  static constexpr bool kTurns = kTakeTurns && L::kConsumers > 1;
+  // The warpgroup's first key of a tile.
+  __device__ __forceinline__ int first_key() const { return L::kSplits ? place.group * kUnit : 0; }
 
-  // Values that do not exist become 0, as 0 times what lies there may be NaN. A value that is not
-  // finite would reach rows that do not see it in the same way: it is added to the rows that do,
-  // and becomes 0. Whether there is any, a warp beside the producers has found out.
-  __device__ __forceinline__ void prepare_values(uint32_t tile, const Turn<L::kStages>& turn,
-                                                 int count) {
-    const Note& note = *task.note(tile);
-    const int flags = note.flags;
-    const uint32_t v = task.memory + L::kV + turn.stage * L::kTileBytes;
-    if (flags & kMissing) {
-      // Every warpgroup for itself: they write the same.
-      if (place.thread < count &&
-          place.thread % kChunk >= note.chunks[place.thread / kChunk].valid) {
-#pragma unroll
-        for (int piece = 0; piece < L::kPieces; ++piece) {
-          store_shared(piece_address<L>(v, kKeys * kHalfBytes, place.thread, piece),
-                       make_uint4(0, 0, 0, 0));
-        }
-      }
-      publish_to_async();
+  __device__ __forceinline__ void sync_readers() const {
+    if constexpr (L::kSplits) {
       named_sync(barrier_of_group(place.group), kWarpgroup);
+    } else {
+      named_sync(kAllConsumers, L::kConsumerThreads);
     }
-    if (isolates && (flags & kWindows)) isolate(note, v, count);
   }
 
-  __device__ __forceinline__ void isolate(const Note& note, uint32_t v, int count) {
+  // Values that a warp beside the producers has to see first: those that do not exist become 0
+  // there, as 0 times what lies in their place may be NaN.
+  __device__ __forceinline__ bool awaits_check(uint32_t tile_flags) const {
+    return (tile_flags & kMissing) != 0 || (isolates && (tile_flags & kWindows) != 0);
+  }
+  __device__ __forceinline__ void await_values(const Turn<L::kStages>& turn) {
+    if (!values_ready) barrier_wait(task.barriers.v_full(turn.stage), turn.parity);
+  }
+  template <int kCount>
+  __device__ __forceinline__ void await_check(uint32_t tile, const Turn<L::kStages>& turn) {
+    if (!awaits_check(flags)) return;
+    barrier_wait(task.barriers.v_checked(turn.stage), checked >> turn.stage & 1);
+    checked ^= 1u << turn.stage;
+    if (isolates && (flags & kWindows)) {
+      await_values(turn);
+      isolate<kCount>(*task.note(tile), turn);
+    }
+  }
+
+  // A value that is not finite would reach rows that do not see it, as 0 times it is NaN: it is
+  // added to the rows that do, and becomes 0.
+  template <int kCount>
+  __device__ __forceinline__ void isolate(const Note& note, const Turn<L::kStages>& turn) {
     if (note.strange == 0) return;
+    const uint32_t v = task.memory + L::kV + turn.stage * L::kTileBytes;
+    const int first = first_key();
 #pragma unroll 1
-    for (int key = 0; key < count; ++key) {
+    for (int key = first; key < first + kCount; ++key) {
       const Chunk chunk = note.chunks[key / kChunk];
       const bool sees[2] = {key % kChunk < limit_of(chunk, rows[0]),
                             key % kChunk < limit_of(chunk, rows[1])};
 #pragma unroll
       for (int j = 0; j < kOut / 4; ++j) {
         const uint32_t word =
-            load_shared_word(piece_address<L>(v, kKeys * kHalfBytes, key, j) + place.lane % 4 * 4);
+            load_shared_word(piece_address(v, kKeys * kHalfBytes, key, j) + place.lane % 4 * 4);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const uint32_t bits = word >> (16 * e) & 0xffff;
@@ -218,11 +237,11 @@ struct Consumer {
         }
       }
     }
-    named_sync(kAllConsumers, L::kConsumerThreads);
+    sync_readers();
 #pragma unroll 1
-    for (int i = place.thread; i < count * L::kPieces * 4; i += kWarpgroup) {
+    for (int i = place.thread; i < kCount * L::kPieces * 4; i += kWarpgroup) {
       const uint32_t address =
-          piece_address<L>(v, kKeys * kHalfBytes, i / 4 / L::kPieces, i / 4 % L::kPieces) +
+          piece_address(v, kKeys * kHalfBytes, first + i / 4 / L::kPieces, i / 4 % L::kPieces) +
           i % 4 * 4;
       uint32_t word = load_shared_word(address);
       if (both_finite<T>(word)) continue;
@@ -231,17 +250,20 @@ struct Consumer {
       store_shared_word(address, word);
     }
     publish_to_async();
-    named_sync(kAllConsumers, L::kConsumerThreads);
+    sync_readers();
   }
 
   __device__ __forceinline__ uint32_t queries_at() const {
     return uniform(descriptor(task.memory + L::kQ + place.group * kGroupRows * kHalfBytes, 16));
   }
   __device__ __forceinline__ uint32_t keys_at(int stage) const {
-    return uniform(descriptor(task.memory + L::kK + stage * L::kTileBytes, 16));
+    return uniform(
+        descriptor(task.memory + L::kK + stage * L::kTileBytes + first_key() * kHalfBytes, 16));
   }
   __device__ __forceinline__ uint32_t values_at(int stage) const {
-    return uniform(descriptor(task.memory + L::kV + stage * L::kTileBytes, kKeys * kHalfBytes));
+    return uniform(
+        descriptor(task.memory + L::kV + stage * L::kTileBytes + first_key() * kHalfBytes,
+                   kKeys * kHalfBytes));
   }
 
   template <int kCount>
@@ -249,12 +271,21 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < L::kHeadDim / 16; ++i) {
       const int half = i / 4, inside = i % 4 * 32;
-      const uint32_t a = advance(q, half * L::kRows * kHalfBytes + inside);
       const uint32_t b = advance(k, half * kKeys * kHalfBytes + inside);
-      if (i == 0) {
-        scores<true>(T{}, s, a, b);
+      if constexpr (L::kSplits) {
+        const uint32_t* a = &queries[4 * i];
+        if (i == 0) {
+          scores<true>(T{}, s, a, b);
+        } else {
+          scores<false>(T{}, s, a, b);
+        }
       } else {
-        scores<false>(T{}, s, a, b);
+        const uint32_t a = advance(q, half * L::kRows * kHalfBytes + inside);
+        if (i == 0) {
+          scores<true>(T{}, s, a, b);
+        } else {
+          scores<false>(T{}, s, a, b);
+        }
       }
     }
     wgmma_commit();
@@ -276,40 +307,39 @@ struct Consumer {
     float s[kKeysNow / 2];
     float decay[2] = {1, 1};
     if (!keys_ready) barrier_wait(task.barriers.k_full(turn.stage), turn.parity);
-    if constexpr (!kFirst) prepare_values(tile - 1, before, kKeys);
-    const uint32_t q = queries_at(), k = keys_at(turn.stage);
+    if constexpr (!kFirst) await_check<L::kGroupKeys>(tile - 1, before);
+    const uint32_t q = L::kSplits ? 0 : queries_at(), k = keys_at(turn.stage);
     const uint32_t v = kFirst ? 0 : values_at(before.stage);
-    if constexpr (kTurns) named_sync(barrier_of_turn(place.group), 2 * kWarpgroup);
+    named_sync(barrier_of_turn(place.group), L::kConsumerThreads);
     pin(out);
     wgmma_fence();
     issue_scores(s, q, k);
-    if constexpr (!kFirst) issue_values<kKeys>(v);
-    if constexpr (kTurns) {
-      named_arrive(barrier_of_turn((place.group + 1) % L::kConsumers), 2 * kWarpgroup);
+    if constexpr (!kFirst) {
+      await_values(before);
+      wgmma_fence();
+      issue_values<L::kGroupKeys>(v);
     }
-    // Asked for early, as the answers take their time.
-    const uint32_t flags = load_shared_word(task.flags_at(tile));
-    const bool values_ready = barrier_done(task.barriers.v_full(turn.stage), turn.parity);
+    named_arrive(barrier_of_turn(1 - place.group), L::kConsumerThreads);
+    // Asked for early, as the answer takes its time.
+    flags = load_shared_word(task.flags_at(tile));
     wgmma_wait<kFirst ? 0 : 1>();
     pin(s);
-    if (place.lane == 0) barrier_arrive(task.barriers.k_empty(turn.stage));
-    if (flags & kMasked) mask(s, *task.note(tile), rows, place.lane);
+    barrier_release(task.barriers.k_empty(turn.stage), place.lane);
+    if (flags & kMasked) {
+      mask(s, task.note(tile)->chunks + first_key() / kChunk, rows, place.lane);
+    }
     const bool decays = softmax<kFirst>(s, top, sum, decay, args.scale_log2);
     // Needed by the next step. It stands here for its loop, over which the assembler does not move
     // the wait below: before the softmax, that would leave the tensor cores idle.
     pin(s);
-    if (!values_ready) barrier_wait(task.barriers.v_full(turn.stage), turn.parity);
-    if (isolates && (flags & kWindows)) {
-      barrier_wait(task.barriers.v_checked(turn.stage), checked >> turn.stage & 1);
-      checked ^= 1u << turn.stage;
-    }
+    values_ready = barrier_done(task.barriers.v_full(turn.stage), turn.parity);
     Turn<L::kStages> next = turn;
     next.next();
     keys_ready = barrier_done(task.barriers.k_full(next.stage), next.parity);
     if constexpr (!kFirst) {
       wgmma_wait<0>();
       pin(out);
-      if (place.lane == 0) barrier_arrive(task.barriers.v_empty(before.stage));
+      barrier_release(task.barriers.v_empty(before.stage), place.lane);
       if (__any_sync(~0u, decays)) {
 #pragma unroll
         for (int j = 0; j < kOut; j += 4) {
@@ -326,33 +356,57 @@ struct Consumer {
 
   template <int kKeysNow>
   __device__ __forceinline__ void last(uint32_t tile, const Turn<L::kStages>& turn) {
-    prepare_values(tile, turn, kKeysNow);
+    await_check<kKeysNow>(tile, turn);
+    await_values(turn);
     const uint32_t v = values_at(turn.stage);
     pin(out);
     wgmma_fence();
     issue_values<kKeysNow>(v);
     wgmma_wait<0>();
     pin(out);
-    if (place.lane == 0) barrier_arrive(task.barriers.v_empty(turn.stage));
+    barrier_release(task.barriers.v_empty(turn.stage), place.lane);
+  }
+
+  // A tile of which the warpgroup has no keys.
+  __device__ __forceinline__ void pass(uint32_t tile, const Turn<L::kStages>& turn) {
+    named_sync(barrier_of_turn(place.group), L::kConsumerThreads);
+    named_arrive(barrier_of_turn(1 - place.group), L::kConsumerThreads);
+    barrier_wait(task.barriers.k_full(turn.stage), turn.parity);
+    flags = load_shared_word(task.flags_at(tile));
+    if (awaits_check(flags)) {
+      barrier_wait(task.barriers.v_checked(turn.stage), checked >> turn.stage & 1);
+      checked ^= 1u << turn.stage;
+    }
+    barrier_wait(task.barriers.v_full(turn.stage), turn.parity);
+    barrier_release(task.barriers.k_empty(turn.stage), place.lane);
+    barrier_release(task.barriers.v_empty(turn.stage), place.lane);
   }
 
   // `tile` and `turn`: of the first tile, and then of the first of what follows.
   __device__ __forceinline__ void run(uint32_t* tile, Turn<L::kStages>* turn) {
     Turn<L::kStages> before;
-    step<kKeys, true>(*tile, *turn, before);
+    // Where warpgroups share rows, the first has the keys of a tile of one unit.
+    const bool tail = keys.has_tail() && (!L::kSplits || place.group == 0);
+    step<L::kGroupKeys, true>(*tile, *turn, before);
 #pragma unroll 1
-    for (int rest = keys.full_tiles() - 1; rest > 0; --rest) {
+    for (int rest = keys.full_tiles() - 1 + (L::kSplits && tail); rest > 0; --rest) {
       before = *turn;
       turn->next();
-      step<kKeys, false>(++*tile, *turn, before);
+      step<L::kGroupKeys, false>(++*tile, *turn, before);
     }
-    if (keys.has_tail()) {
+    if constexpr (L::kSplits) {
+      last<L::kGroupKeys>(*tile, *turn);
+      if (keys.has_tail() && !tail) {
+        turn->next();
+        pass(++*tile, *turn);
+      }
+    } else if (tail) {
       before = *turn;
       turn->next();
       step<kUnit, false>(++*tile, *turn, before);
       last<kUnit>(*tile, *turn);
     } else {
-      last<kKeys>(*tile, *turn);
+      last<L::kGroupKeys>(*tile, *turn);
     }
     turn->next();
     ++*tile;

@@ -126,7 +126,7 @@ void set_byte_strides(const int64_t (&elements)[4], int64_t (&bytes)[4]) {
 
 // How a call is cut.
 struct Cut {
-  int64_t warpgroups;
+  int64_t rows;      // of a tile
   int64_t tiles;     // of rows, of a sequence and KV head
   int64_t ctas;      // of a cluster
   int64_t shared;    // tiles of a cluster
@@ -169,11 +169,11 @@ int64_t resident_clusters(int ctas) {
 // capacity, as the lengths are the device's.
 template <typename L>
 void choose_cut(const BranchAttentionParams& p, AttentionCut wanted, Cut* best) {
-  constexpr double kKeysTime = L::kConsumers == 1 ? 1.28 : 1.65,
-                   kStartTime = L::kConsumers == 1 ? 6 : 8, kTileTime = 3.5;
-  // A cluster is started and merged the slower the larger it is.
-  constexpr double kMergeTime = 1, kCtaTime = 0.3;
-  if (wanted.warpgroups > 0 && wanted.warpgroups != L::kConsumers) return;
+  constexpr double kKeysTime = L::kSplits ? 0.845 : 1.53, kStartTime = L::kSplits ? 5.2 : 6.8,
+                   kTileTime = 4.5;
+  // A cluster is started and merged the slower the larger it is, and has a stage less.
+  constexpr double kMergeTime = L::kSplits ? 3.5 : 1, kCtaTime = 0.3;
+  if (wanted.tile_rows > 0 && wanted.tile_rows != L::kRows) return;
   const int64_t tiles = ceil_div(p.branches * p.window * (p.q_heads / p.kv_heads), L::kRows);
   const int64_t of_sequence = tiles * p.kv_heads;
   const int64_t units = ceil_div(p.capacity, kUnit) + ceil_div(p.window, kUnit);
@@ -193,7 +193,7 @@ void choose_cut(const BranchAttentionParams& p, AttentionCut wanted, Cut* best) 
                           (kStartTime + static_cast<double>(own) / 2 * kKeysTime +
                            (parts - 1) * kTileTime + (ctas > 1 ? kMergeTime + kCtaTime * ctas : 0));
       if (time < best->time) {
-        *best = Cut{L::kConsumers, tiles, ctas, shared, clusters, time};
+        *best = Cut{L::kRows, tiles, ctas, shared, clusters, time};
       }
     }
   }
@@ -225,6 +225,7 @@ void launch_layout(const BranchAttentionParams& p, const Cut& cut, cudaStream_t 
   args.block_table = p.block_table;
   args.branches = static_cast<int32_t>(p.branches);
   args.window = static_cast<int32_t>(p.window);
+  args.by_window = make_divisor(static_cast<uint32_t>(p.window));
   args.capacity = prefix ? static_cast<int32_t>(p.capacity) : 0;
   args.kv_heads = static_cast<int32_t>(p.kv_heads);
   args.group = make_divisor(static_cast<uint32_t>(p.q_heads / p.kv_heads));
@@ -232,6 +233,7 @@ void launch_layout(const BranchAttentionParams& p, const Cut& cut, cudaStream_t 
   args.of_sequence = static_cast<int32_t>(cut.tiles * p.kv_heads);
   args.shared = static_cast<int32_t>(cut.shared);
   args.ctas_log2 = std::countr_zero(static_cast<uint64_t>(cut.ctas));
+  args.ahead = cut.ctas == 1 && cut.shared == 1 && p.block_table == nullptr && p.capacity >= kKeys;
   args.block_size =
       make_divisor(static_cast<uint32_t>(std::clamp<int64_t>(p.block_size, 1, 1 << 30)));
   args.table_width = static_cast<int32_t>(p.table_width);
@@ -262,27 +264,40 @@ void launch_layout(const BranchAttentionParams& p, const Cut& cut, cudaStream_t 
   check_cuda(cudaLaunchKernelEx(&config, kernel, args), "branch_attention");
 }
 
-template <typename One, typename Two>
-void launch_fastest(const BranchAttentionParams& p, AttentionCut wanted, cudaStream_t stream) {
-  static_assert(One::kBytes <= kMaxShared && Two::kBytes <= kMaxShared);
-  Cut cut{};
-  choose_cut<One>(p, wanted, &cut);
-  choose_cut<Two>(p, wanted, &cut);
-  if (cut.warpgroups == 0) {
-    throw std::runtime_error(
-        "branch_attention: expected a cut of 1, 2, 4 or 8 CTAs, at most 31 tiles and 1 or 2 "
-        "warpgroups");
+// Layouts of one tile of rows, whose keys several CTAs may have (Merging) or not.
+template <typename T, int kHeadDim, bool kSplits>
+struct Layouts {
+  using Merging = Layout<T, kHeadDim, kSplits, true, kHeadDim == 128 ? 2 : 3>;
+  using Alone = Layout<T, kHeadDim, kSplits, false, 3>;
+  static_assert(Merging::kBytes <= kMaxShared && Alone::kBytes <= kMaxShared);
+
+  static void choose(const BranchAttentionParams& p, AttentionCut wanted, Cut* best) {
+    choose_cut<Merging>(p, wanted, best);
   }
-  if (cut.warpgroups == 1) return launch_layout<One>(p, cut, stream);
-  launch_layout<Two>(p, cut, stream);
+  static void launch(const BranchAttentionParams& p, const Cut& cut, cudaStream_t stream) {
+    if (cut.ctas == 1) return launch_layout<Alone>(p, cut, stream);
+    launch_layout<Merging>(p, cut, stream);
+  }
+};
+
+template <typename T, int kHeadDim>
+void launch_fastest(const BranchAttentionParams& p, AttentionCut wanted, cudaStream_t stream) {
+  Cut cut{};
+  Layouts<T, kHeadDim, true>::choose(p, wanted, &cut);
+  Layouts<T, kHeadDim, false>::choose(p, wanted, &cut);
+  if (cut.rows == 0) {
+    throw std::runtime_error(
+        "branch_attention: expected a cut of 1, 2, 4 or 8 CTAs, at most 31 tiles and 64 or 128 "
+        "rows a tile");
+  }
+  if (cut.rows == kGroupRows) return Layouts<T, kHeadDim, true>::launch(p, cut, stream);
+  Layouts<T, kHeadDim, false>::launch(p, cut, stream);
 }
 
 template <typename T>
 void launch_type(const BranchAttentionParams& p, AttentionCut cut, cudaStream_t stream) {
-  if (p.head_dim == 128) {
-    return launch_fastest<Layout<T, 128, 1, 2>, Layout<T, 128, 2, 2>>(p, cut, stream);
-  }
-  launch_fastest<Layout<T, 64, 1, 3>, Layout<T, 64, 2, 3>>(p, cut, stream);
+  if (p.head_dim == 128) return launch_fastest<T, 128>(p, cut, stream);
+  launch_fastest<T, 64>(p, cut, stream);
 }
 
 }  // namespace
@@ -306,14 +321,18 @@ bool attention_sm90_supports(const BranchAttentionParams& p) {
                        {paged ? p.page_size : p.capacity, stride[1]},
                        {p.kv_heads, stride[2]}});
   };
-  // Rows of queries and results are not boxes; they need 16-byte accesses alone.
+  // Rows of queries and results are not boxes; they need 16-byte accesses alone, whose number an
+  // int holds.
   auto rows_fit = [&](const void* data, const int64_t (&stride)[4]) {
     const int64_t sizes[] = {p.batch, p.branches, p.window, p.q_heads};
     if ((reinterpret_cast<uintptr_t>(data) & 15) != 0) return false;
+    int64_t last = 0;
     for (int d = 0; d < 4; ++d) {
-      if (sizes[d] > 1 && stride[d] * kElement % 16 != 0) return false;
+      if (sizes[d] <= 1) continue;
+      if (stride[d] < 0 || stride[d] * kElement % 16 != 0) return false;
+      last += (sizes[d] - 1) * (stride[d] * kElement / 16);
     }
-    return true;
+    return last <= kMost;
   };
   return rows_fit(p.q, p.q_stride) && rows_fit(p.out, p.out_stride) &&
          window_fits(p.k_window, p.k_window_stride) && window_fits(p.v_window, p.v_window_stride) &&

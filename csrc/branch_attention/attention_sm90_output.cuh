@@ -46,7 +46,7 @@ struct Merge {
 };
 
 template <typename L>
-__device__ __forceinline__ void send(const Task<L>& task, const Merge& merge, const Place& place,
+__device__ __forceinline__ void send(const Task<L>& task, const Merge& merge, const Place<L>& place,
                                      const Sums<L>& sums) {
   const int member = merge.member_of(place.warp, L::kWarps);
   const int slot = merge.place(place.warp, L::kWarps, member, merge.own);
@@ -66,16 +66,31 @@ __device__ __forceinline__ void send(const Task<L>& task, const Merge& merge, co
   }
 }
 
-// The warp's rows of all parts, into its own.
+// Sums of one more part of the same rows; `best` is the maximum of all.
 template <typename L>
-__device__ __forceinline__ void receive(const Task<L>& task, const Merge& merge, const Place& place,
-                                        const Sums<L>& sums) {
-  const int others = merge.parts - 1;
-  const int slot = merge.place(place.warp, L::kWarps, merge.own, merge.own ? 0 : 1);
-  const uint32_t barrier = task.barriers.parts(place.warp);
-  if (place.lane == 0) barrier_expect(barrier, others * (L::kSumsBytes + L::kTopsBytes));
-  barrier_wait(barrier, 0);
-  const uint32_t tops = task.memory + L::kTops + slot * L::kTopsBytes + place.lane / 4 * 16;
+__device__ __forceinline__ void add_part(const Sums<L>& sums, const float (&shift)[2],
+                                         uint32_t tops, uint32_t from) {
+  float x[4];
+  load_shared(tops, x);
+  const float weight[2] = {exp2_of(x[0] - shift[0]), exp2_of(x[2] - shift[1])};
+  sums.sum[0] = fmaf(weight[0], x[1], sums.sum[0]);
+  sums.sum[1] = fmaf(weight[1], x[3], sums.sum[1]);
+#pragma unroll
+  for (int j = 0; j < Sums<L>::kOut; j += 4) {
+    load_shared(from + j / 4 * 512, x);
+    sums.out[j] = fmaf(weight[0], x[0], sums.out[j]);
+    sums.out[j + 1] = fmaf(weight[0], x[1], sums.out[j + 1]);
+    sums.out[j + 2] = fmaf(weight[1], x[2], sums.out[j + 2]);
+    sums.out[j + 3] = fmaf(weight[1], x[3], sums.out[j + 3]);
+  }
+}
+
+// Of other parts whose maxima and sums lie from `tops` on, and whose sums of values from `from` on.
+template <typename L>
+__device__ __forceinline__ void add_parts(const Place<L>& place, const Sums<L>& sums, int others,
+                                          uint32_t tops, uint32_t from) {
+  tops += place.lane / 4 * 16;
+  from += place.lane * 16;
   float best[2] = {sums.top[0], sums.top[1]};
 #pragma unroll 1
   for (int i = 0; i < others; ++i) {
@@ -99,21 +114,51 @@ __device__ __forceinline__ void receive(const Task<L>& task, const Merge& merge,
   }
 #pragma unroll 1
   for (int i = 0; i < others; ++i) {
-    float x[4];
-    load_shared(tops + i * L::kTopsBytes, x);
-    const float weight[2] = {exp2_of(x[0] - shift[0]), exp2_of(x[2] - shift[1])};
-    sums.sum[0] = fmaf(weight[0], x[1], sums.sum[0]);
-    sums.sum[1] = fmaf(weight[1], x[3], sums.sum[1]);
-    const uint32_t from = task.memory + L::kSums + (slot + i) * L::kSumsBytes + place.lane * 16;
-#pragma unroll
-    for (int j = 0; j < Sums<L>::kOut; j += 4) {
-      load_shared(from + j / 4 * 512, x);
-      sums.out[j] = fmaf(weight[0], x[0], sums.out[j]);
-      sums.out[j + 1] = fmaf(weight[0], x[1], sums.out[j + 1]);
-      sums.out[j + 2] = fmaf(weight[1], x[2], sums.out[j + 2]);
-      sums.out[j + 3] = fmaf(weight[1], x[3], sums.out[j + 3]);
-    }
+    add_part(sums, shift, tops + i * L::kTopsBytes, from + i * L::kSumsBytes);
   }
+}
+
+// The warp's rows of all parts, into its own.
+template <typename L>
+__device__ __forceinline__ void receive(const Task<L>& task, const Merge& merge,
+                                        const Place<L>& place, const Sums<L>& sums) {
+  const int others = merge.parts - 1;
+  const int slot = merge.place(place.warp, L::kWarps, merge.own, merge.own ? 0 : 1);
+  const uint32_t barrier = task.barriers.parts(place.warp);
+  if (place.lane == 0) barrier_expect(barrier, others * (L::kSumsBytes + L::kTopsBytes));
+  barrier_wait(barrier, 0);
+  add_parts(place, sums, others, task.memory + L::kTops + slot * L::kTopsBytes,
+            task.memory + L::kSums + slot * L::kSumsBytes);
+}
+
+// Where two warpgroups have the same rows, the first adds the sums of the second, which come to
+// where the queries were. True for the first.
+template <typename L>
+__device__ __forceinline__ bool join(const Task<L>& task, const Place<L>& place,
+                                     const Sums<L>& sums) {
+  const uint32_t tops = task.memory + L::kOtherTops + place.warp * L::kTopsBytes;
+  const uint32_t to = task.memory + L::kQ + place.warp * L::kSumsBytes;
+  if (place.group == 0) {
+    named_sync(kSumsThere, L::kConsumerThreads);
+    add_parts(place, sums, 1, tops, to);
+    named_sync(kSumsRead, L::kConsumerThreads);
+    return true;
+  }
+#pragma unroll
+  for (int i = 0; i < Sums<L>::kOut; i += 4) {
+    store_shared(to + place.lane * 16 + i / 4 * 512,
+                 make_uint4(__float_as_uint(sums.out[i]), __float_as_uint(sums.out[i + 1]),
+                            __float_as_uint(sums.out[i + 2]), __float_as_uint(sums.out[i + 3])));
+  }
+  if (place.lane % 4 == 0) {
+    store_shared(tops + place.lane * 4,
+                 make_uint4(__float_as_uint(sums.top[0]), __float_as_uint(sums.sum[0]),
+                            __float_as_uint(sums.top[1]), __float_as_uint(sums.sum[1])));
+  }
+  named_sync(kSumsThere, L::kConsumerThreads);
+  // Before the next queries.
+  named_sync(kSumsRead, L::kConsumerThreads);
+  return false;
 }
 
 // lse is [batch, branches, query heads, window]; `value` is to the base 2.
@@ -128,32 +173,37 @@ __device__ __forceinline__ void write_lse(const Sm90Arguments& args, int batch, 
 // A warp's rows of results, through shared memory, where its rows of Q were.
 template <typename L>
 __device__ __forceinline__ void write_rows(const Sm90Arguments& args, const Task<L>& task,
-                                           const WarpRows& rows, const Place& place,
+                                           const WarpRows& rows, const Place<L>& place,
                                            const Sums<L>& sums) {
   using T = typename L::Element;
+  float factor[2];
+  bool live[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const bool live = of_lane(rows.row.visible, place.lane / 4 + 8 * r) > 0;
-    const float factor = reciprocal(sums.sum[r]);
-    const uint32_t to = task.memory + L::kQ + (place.row + 8 * r) * kHalfBytes + place.lane % 4 * 4;
-#pragma unroll
-    for (int j = 0; j < L::kPieces; ++j) {
-      const uint32_t word =
-          pack<T>(sums.out[4 * j + 2 * r] * factor, sums.out[4 * j + 2 * r + 1] * factor);
-      store_shared_word(to + j / 8 * (L::kRows * kHalfBytes) + ((j % 8 ^ place.row % 8) << 4),
-                        live ? word : 0);
-    }
+    live[r] = of_lane(rows.row.visible, place.lane / 4 + 8 * r) > 0;
+    factor[r] = reciprocal(sums.sum[r]);
   }
-  const int64_t own = rows.row.branch >= 0 ? rows.offset(args.out_stride, task.batch) : -1;
+  auto word = [&](int j, int r) {
+    const uint32_t x =
+        pack<T>(sums.out[4 * j + 2 * r] * factor[r], sums.out[4 * j + 2 * r + 1] * factor[r]);
+    return live[r] ? x : 0;
+  };
+  const int own = rows.row.branch >= 0 ? rows.offset(args.out_stride, task.batch) : -1;
+  const Queries<L> staged(task, place);
+#pragma unroll
+  for (int j = 0; j < L::kPieces; j += 2) {
+    store_matrices(staged.address(place.lane % 16, j + place.lane / 16), word(j, 0), word(j, 1),
+                   word(j + 1, 0), word(j + 1, 1));
+  }
   __syncwarp();
-  const int first_row = place.warp * 16;
 #pragma unroll
   for (int i = 0; i < Queries<L>::kEach; ++i) {
     const int row = Queries<L>::row_of(i, place.lane), piece = Queries<L>::piece_of(place.lane);
-    const int64_t offset = of_lane(own, row);
-    const uint4 x = load_shared(
-        piece_address<L>(task.memory + L::kQ, L::kRows * kHalfBytes, first_row + row, piece));
-    if (offset >= 0) *reinterpret_cast<uint4*>(args.out + offset + piece * 16) = x;
+    const int offset = of_lane(own, row);
+    const uint4 x = load_shared(staged.address(row, piece));
+    if (offset >= 0) {
+      *reinterpret_cast<uint4*>(args.out + (static_cast<int64_t>(offset) + piece) * 16) = x;
+    }
   }
   // Before the next tile's queries.
   __syncwarp();
@@ -171,13 +221,13 @@ __device__ __forceinline__ void write_rows(const Sm90Arguments& args, const Task
 template <typename L>
 __device__ __forceinline__ void clear_rows(const Sm90Arguments& args, const Task<L>& task,
                                            const WarpRows& rows, int lane) {
-  const int64_t own = rows.row.branch >= 0 ? rows.offset(args.out_stride, task.batch) : -1;
+  const int own = rows.row.branch >= 0 ? rows.offset(args.out_stride, task.batch) : -1;
 #pragma unroll 1
   for (int i = 0; i < Queries<L>::kEach; ++i) {
-    const int64_t offset = of_lane(own, Queries<L>::row_of(i, lane));
+    const int offset = of_lane(own, Queries<L>::row_of(i, lane));
     if (offset < 0) continue;
-    *reinterpret_cast<uint4*>(args.out + offset + Queries<L>::piece_of(lane) * 16) =
-        make_uint4(0, 0, 0, 0);
+    const int64_t piece = static_cast<int64_t>(offset) + Queries<L>::piece_of(lane);
+    *reinterpret_cast<uint4*>(args.out + piece * 16) = make_uint4(0, 0, 0, 0);
   }
   if (args.lse != nullptr && lane < 16 && rows.row.branch >= 0) {
     write_lse(args, task.batch, rows.row, rows.first_head, -kInfinity);

@@ -22,14 +22,14 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return dynamic;
 }
 
-// What nobody else writes while the kernel runs.
-__device__ __forceinline__ uint4 load_once(const char* pointer) {
-  uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(pointer));
-  return x;
+// 16 bytes from global to shared memory, of which the first `exist` are read and the others are 0;
+// they are there after copies_wait.
+__device__ __forceinline__ void copy_piece(uint32_t to, const char* from, int exist) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exist)
+               : "memory");
 }
+
+__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 x;
@@ -63,6 +63,23 @@ __device__ __forceinline__ void store_shared_word(uint32_t address, uint32_t x) 
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
+// Four 8 x 8 matrices of 16-bit numbers between shared memory and a warp's registers: lane i gives
+// the address of row i % 8 of matrix i / 8, and has of each the numbers 2 (i % 4) and the next of
+// row i / 4.
+__device__ __forceinline__ void load_matrices(uint32_t address, uint32_t* x) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                               uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
 // The same number, of which the compiler knows nothing: what follows from it is formed anew, rather
 // than kept in registers over a loop.
 __device__ __forceinline__ int anew(int x) {
@@ -90,6 +107,12 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+
+// By one lane, after what all lanes of the warp did before.
+__device__ __forceinline__ void barrier_release(uint32_t barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Whether the phase is over, without waiting.
@@ -346,9 +369,10 @@ __device__ __forceinline__ void pin(float (&x)[kCount]) {
 // 8 j + 2 (t % 4) and the next. As the left operand in registers, k = 16 i + ..., the same numbers
 // packed in pairs are {x[8 i], x[8 i + 1]}, {x[8 i + 2], x[8 i + 3]}, {x[8 i + 4], ...}, {...}.
 //
-// `scores`: both operands K-major in shared memory; overwrites where kFirst.
+// `scores`: both operands K-major in shared memory, or the left one in registers; overwrites where
+// kFirst.
 // `values`: the left operand in registers, the right MN-major; always adds.
-#define LOPA_WGMMA(T, TYPE, N, COUNT, A, B, C, D, E)                                               \
+#define LOPA_WGMMA(T, TYPE, N, COUNT, A, B, C, D, E, F)                                            \
   template <bool kFirst>                                                                           \
   __device__ __forceinline__ void scores(T, float (&x)[COUNT], uint32_t a, uint32_t b) {           \
     asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, " C ", 0;\nmov.b64 a, {" A \
@@ -357,6 +381,15 @@ __device__ __forceinline__ void pin(float (&x)[kCount]) {
                  " " LOPA_NAMES##COUNT "}, a, b, add, 1, 1, 0, 0;\n}\n"                            \
                  : LOPA_OUT##COUNT(x)                                                              \
                  : "r"(a), "r"(b), "n"(kFirst ? 0 : 1));                                           \
+  }                                                                                                \
+  template <bool kFirst>                                                                           \
+  __device__ __forceinline__ void scores(T, float (&x)[COUNT], const uint32_t* a, uint32_t b) {    \
+    asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, " F ", 0;\nmov.b64 b, {" E    \
+                 ", " LOPA_DESCRIPTOR_HIGH "};\nwgmma.mma_async.sync.aligned.m64n" #N              \
+                 "k16.f32." TYPE "." TYPE " " LOPA_NAMES##COUNT "}, {" A ", " B ", " C ", " D      \
+                                                                "}, b, add, 1, 1, 0;\n}\n"         \
+                 : LOPA_OUT##COUNT(x)                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kFirst ? 0 : 1));       \
   }                                                                                                \
   __device__ __forceinline__ void values(T, float (&x)[COUNT], const uint32_t* a, uint32_t b) {    \
     asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, 1, 0;\nmov.b64 b, {" E        \
@@ -367,10 +400,10 @@ __device__ __forceinline__ void pin(float (&x)[kCount]) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));                            \
   }
 
-LOPA_WGMMA(BFloat16, "bf16", 64, 32, "%32", "%33", "%34", "%35", "%36")
-LOPA_WGMMA(BFloat16, "bf16", 128, 64, "%64", "%65", "%66", "%67", "%68")
-LOPA_WGMMA(Half, "f16", 64, 32, "%32", "%33", "%34", "%35", "%36")
-LOPA_WGMMA(Half, "f16", 128, 64, "%64", "%65", "%66", "%67", "%68")
+LOPA_WGMMA(BFloat16, "bf16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
+LOPA_WGMMA(BFloat16, "bf16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
+LOPA_WGMMA(Half, "f16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
+LOPA_WGMMA(Half, "f16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
 
 #undef LOPA_WGMMA
 #undef LOPA_DESCRIPTOR_HIGH

@@ -21,7 +21,6 @@ constexpr int kNotes = 4;
 // A running maximum follows the scores only when they pass it by more than this, in powers of 2:
 // most tiles then scale nothing. Probabilities stay below 2^kSlack, well within fp16.
 constexpr float kSlack = 8;
-constexpr bool kTakeTurns = true;
 
 // Tiles of a cluster, and branches of a sequence, at most: a lane each.
 constexpr int kMostTiles = 31;
@@ -52,6 +51,7 @@ struct Sm90Arguments {
 
   int32_t branches;
   int32_t window;
+  Divisor by_window;
   int32_t capacity;
   int32_t kv_heads;
   Divisor group;        // query heads of a KV head
@@ -59,6 +59,7 @@ struct Sm90Arguments {
   int32_t of_sequence;  // tiles of all KV heads
   int32_t shared;       // tiles of a cluster, at most kMostTiles
   int32_t ctas_log2;    // of a cluster
+  bool ahead;           // the first keys are those of positions 0 to kKeys - 1, where they exist
   Divisor block_size;
   int32_t table_width;
   int32_t pages;
@@ -86,37 +87,45 @@ struct Note {
   int32_t unused[2];
 };
 
-template <typename T, int kHeadDim_, int kConsumers_, int kStages_>
+// Two warpgroups have 64 rows each and all keys (kRows = 128), or both the same 64 rows and one
+// half of the keys of each tile (kSplits). Where `kMerges`, several CTAs may have keys of one tile.
+template <typename T, int kHeadDim_, bool kSplits_, bool kMerges_, int kStages_>
 struct Layout {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kConsumers = kConsumers_;  // warpgroups
+  static constexpr bool kSplits = kSplits_;
+  static constexpr bool kMerges = kMerges_;
+  static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kStages = kStages_;
-  static constexpr int kRows = kGroupRows * kConsumers;
+  static constexpr int kRows = kSplits ? kGroupRows : kGroupRows * kConsumers;
+  static constexpr int kGroupKeys = kSplits ? kUnit : kKeys;  // of a tile, that a warpgroup has
   static constexpr int kHalves = kHeadDim / kHalf;
   static constexpr int kPieces = kHeadDim / 8;  // of 16 bytes, of a row
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
   static constexpr int kConsumerThreads = kWarpgroup * kConsumers;
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = 224;
 
   static constexpr int kTileBytes = kKeys * kHeadDim * 2;
 
   // Rows of a warp, of which a CTA merges some for others: sums of two rows a thread, in its order,
   // 16 bytes of each thread after another; and 8 threads' two maxima and sums.
-  static constexpr int kWarps = 4 * kConsumers;
+  static constexpr int kWarps = kRows / 16;
   static constexpr int kSumsBytes = kHeadDim / 2 * 4 * 32;
   static constexpr int kTopsBytes = 8 * 16;
 
   // Bytes from the start of dynamic shared memory, itself at a multiple of 1024.
   static constexpr int kQ = 0;
-  static constexpr int kK = kQ + kRows * kHeadDim * 2;
+  static constexpr int kGroupQBytes = kSplits ? kRows * kHeadDim * 2 : 0;
+  static constexpr int kK = kQ + kConsumers * kGroupRows * kHeadDim * 2;
   static constexpr int kV = kK + kStages * kTileBytes;
+  static constexpr int kParts = kMerges ? kMostParts : 0;
   static constexpr int kSums = kV + kStages * kTileBytes;
-  static constexpr int kTops = kSums + kMostParts * kSumsBytes;
-  static constexpr int kBarriers = kTops + kMostParts * kTopsBytes;
-  static constexpr int kNotesAt =
-      kBarriers + (5 * kStages + kWarps + (5 * kStages + kWarps) % 2) * 8;
+  static constexpr int kTops = kSums + kParts * kSumsBytes;
+  static constexpr int kOtherTops = kTops + kParts * kTopsBytes;  // of the other warpgroup
+  static constexpr int kBarriers = kOtherTops + (kSplits ? 4 * kTopsBytes : 0);
+  static constexpr int kBarrierCount = 5 * kStages + kWarps;
+  static constexpr int kNotesAt = kBarriers + (kBarrierCount + kBarrierCount % 2) * 8;
   static constexpr int kBytes = kNotesAt + kNotes * static_cast<int>(sizeof(Note));
 
   static_assert(kHeadDim % kHalf == 0 && kStages < kNotes && kNotesAt % 16 == 0);
@@ -138,6 +147,11 @@ struct Barriers {
 // Named barriers.
 constexpr int kAllConsumers = 1;
 __device__ __forceinline__ int barrier_of_group(int group) { return 2 + group; }
+// Of two warpgroups that share rows: both have their queries in registers, the second's sums are
+// there, the first has read them.
+constexpr int kQueriesRead = 4;
+constexpr int kSumsThere = 5;
+constexpr int kSumsRead = 6;
 __device__ __forceinline__ int barrier_of_turn(int group) { return 8 + group; }
 
 // Where a tile's turn through the ring is.
@@ -164,7 +178,9 @@ struct Task {
   int first_tile;  // of the cluster, in its sequence: head * tiles + tile
   int tiles;       // of the cluster
   int cache_len;
-  int rank;  // in the cluster
+  int rank;    // in the cluster
+  bool ahead;  // the first tile of keys and values was asked for before the lengths were known
+  bool vain;   // a tile was, and turned out to be nobody's: everybody lets it go first
 
   __device__ Note* note(uint32_t tile) const {
     return reinterpret_cast<Note*>(pointer + L::kNotesAt) + tile % kNotes;
@@ -220,6 +236,13 @@ __device__ __forceinline__ int length_of_lane(const Sm90Arguments& args, int bat
   const int32_t* lengths = args.length + static_cast<int64_t>(batch) * args.branches;
   return clamp(lengths[lane], 0, args.window);
 }
+
+// What there is to do, by a warp.
+struct Plan {
+  Branches branches;
+  Tiles tiles;
+  Runs runs;
+};
 
 template <typename L>
 __device__ __forceinline__ Tiles tiles_of_cluster(const Sm90Arguments& args, const Task<L>& task,

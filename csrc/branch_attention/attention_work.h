@@ -34,6 +34,14 @@ __device__ __forceinline__ int quotient(int x, const Divisor& by) {
   return static_cast<int>(divide(static_cast<uint32_t>(x), by));
 }
 
+// The same of a dividend and a divisor that only the device knows, by the divisor's reciprocal. It
+// is exact below 2^21, and beyond at least no less than that.
+__device__ __forceinline__ int quotient(int x, int by, float inverse) {
+  const int q = static_cast<int>(static_cast<float>(x) * inverse);
+  const int rest = x - q * by;
+  return q + (rest >= by) - (rest < 0);
+}
+
 // Sums of the lanes up to each.
 template <int kCount>
 __device__ __forceinline__ void scan(int (&x)[kCount], int lane) {
@@ -57,13 +65,48 @@ struct Branches {
   int until;         // live columns up to the end of the branch
   int chunks_until;  // chunks of 16 columns up to there
 
+  // Mostly the first branches are of one length and the others of none. A division then finds the
+  // branch of a column, and nothing is summed over the lanes.
+  int same;    // that length; 0 where they differ
+  int chunks;  // of such a branch
+  float by_same;
+  float by_chunks;
+
   __device__ __forceinline__ Branches(int count, int window, int length, int lane)
       : count(count), window(window), length(length) {
+    const uint32_t some = __ballot_sync(~0u, length > 0);
+    const int first = of_lane(length, 0);
+    const uint32_t others = __ballot_sync(~0u, length > 0 && length != first);
+    chunks = ceil_div(first, kChunk);
+    same = others == 0 && first > 0 && (some & (some + 1)) == 0 ? first : 0;
+    if (same > 0) {
+      const int branches = __popc(some);
+      live = branches * same;
+      until = least(lane + 1, branches) * same;
+      chunks_until = least(lane + 1, branches) * chunks;
+      by_same = reciprocal(static_cast<float>(same));
+      by_chunks = reciprocal(static_cast<float>(chunks));
+      return;
+    }
     int x[2] = {length, ceil_div(length, kChunk)};
     scan(x, lane);
     until = x[0];
     chunks_until = x[1];
     live = of_lane(until, 31);
+  }
+
+  // Every branch has its whole window.
+  __device__ __forceinline__ bool whole() const { return same == window && live == count * window; }
+
+  // Of branch `k`; by a warp, each lane of its own.
+  __device__ __forceinline__ int length_of(int k) const {
+    return same > 0 ? same : of_lane(length, k & 31);
+  }
+  __device__ __forceinline__ int until_of(int k) const {
+    return same > 0 ? (k + 1) * same : of_lane(until, k & 31);
+  }
+  __device__ __forceinline__ int chunks_until_of(int k) const {
+    return same > 0 ? (k + 1) * chunks : of_lane(chunks_until, k & 31);
   }
 };
 
@@ -95,10 +138,14 @@ __device__ __forceinline__ Row row_at(const Branches& branches, const Blocks& bl
   const bool live = column < branches.live;
   const int x = live ? column : column - branches.live;
   int k = 0;
+  if (branches.same > 0 && __all_sync(~0u, live)) {
+    k = quotient(x, branches.same, branches.by_same);
+  } else {
 #pragma unroll 4
-  for (int i = 0; i < branches.count; ++i) {
-    const int until = of_lane(branches.until, i);
-    k += (live ? until : (i + 1) * branches.window - until) <= x;
+    for (int i = 0; i < branches.count; ++i) {
+      const int until = of_lane(branches.until, i);
+      k += (live ? until : (i + 1) * branches.window - until) <= x;
+    }
   }
   const int length = of_lane(branches.length, k & 31);
   const int before = of_lane(branches.until, k & 31) - length;
@@ -148,15 +195,20 @@ __device__ __forceinline__ Tiles tiles_of(const Branches& branches, const Diviso
   const int begin = exists ? quotient(first_row, group) : 0;
   const int end = exists ? quotient(least(first_row + rows, live) - 1, group) : 0;
   Tiles tile{0, 0, 0, 0};
+  if (branches.same > 0) {
+    tile.first_branch = quotient(begin, branches.same, branches.by_same);
+    tile.last_branch = quotient(end, branches.same, branches.by_same);
+  } else {
 #pragma unroll 4
-  for (int i = 0; i < branches.count; ++i) {
-    const int until = of_lane(branches.until, i);
-    tile.first_branch += until <= begin;
-    tile.last_branch += until <= end;
+    for (int i = 0; i < branches.count; ++i) {
+      const int until = of_lane(branches.until, i);
+      tile.first_branch += until <= begin;
+      tile.last_branch += until <= end;
+    }
   }
-  const int until = of_lane(branches.chunks_until, tile.last_branch & 31);
-  const int first = ceil_div(of_lane(branches.length, tile.first_branch & 31), kChunk);
-  const int before = of_lane(branches.chunks_until, tile.first_branch & 31) - first;
+  const int until = branches.chunks_until_of(tile.last_branch);
+  const int first = ceil_div(branches.length_of(tile.first_branch), kChunk);
+  const int before = branches.chunks_until_of(tile.first_branch) - first;
   if (exists) tile.units = prefix_units + ceil_div(until - before, kChunksPerUnit);
   if (several) {
     int x[1] = {tile.units};
@@ -209,14 +261,19 @@ __device__ __forceinline__ Chunk chunk_of(const TileKeys& keys, const Branches& 
     chunk = Chunk{kPrefix, kBefore, clamp(cache_len - position, 0, kChunk), position};
   }
   if (until <= keys.prefix_units) return chunk;
-  const int first = ceil_div(of_lane(branches.length, keys.first_branch), kChunk);
-  const int index = of_lane(branches.chunks_until, keys.first_branch) - first +
+  const int first = ceil_div(branches.length_of(keys.first_branch), kChunk);
+  const int index = branches.chunks_until_of(keys.first_branch) - first +
                     (unit - keys.prefix_units) * kChunksPerUnit + piece;
   int k = 0;
+  if (branches.same > 0) {
+    // A unit of the prefix has no index.
+    k = quotient(most(index, 0), branches.chunks, branches.by_chunks);
+  } else {
 #pragma unroll 4
-  for (int i = 0; i < branches.count; ++i) k += of_lane(branches.chunks_until, i) <= index;
-  const int length = of_lane(branches.length, k & 31);
-  const int before = of_lane(branches.chunks_until, k & 31) - ceil_div(length, kChunk);
+    for (int i = 0; i < branches.count; ++i) k += of_lane(branches.chunks_until, i) <= index;
+  }
+  const int length = branches.length_of(k);
+  const int before = branches.chunks_until_of(k) - ceil_div(length, kChunk);
   if (unit >= keys.prefix_units && unit < keys.end && k <= keys.last_branch) {
     const int column = (index - before) * kChunk;
     chunk = Chunk{k, column, least(length - column, kChunk), column};
