@@ -14,7 +14,7 @@ import lopa_kernels as lk
 from lopa_kernels import _dispatch
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/operators.md")
+DOCUMENTS = ("README.md", "docs/operators.md", "docs/distributed.md")
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -39,6 +39,8 @@ def test_block_runs(place: str, code: str, target: Target) -> None:
     op = "branch_attention"
     if op in code and _dispatch.why_absent(target.backend, op) is not None:
         pytest.skip(f"no {op} of {target}")
+    if "gloo" in code and (target.gpu or target.backend == "triton"):
+        pytest.skip("its process group is of CPUs")
     if target.interpreted and "for _ in range" in code:
         pytest.skip("a whole decode takes minutes")
     with ExitStack() as settings:
