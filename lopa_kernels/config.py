@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal, Self
 
 METRICS = ("prob", "margin", "neg_entropy")
 ACCEPTS = ("prob", "score")
@@ -104,6 +104,40 @@ class LopaConfig:
         for field in fields(self):
             if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
                 self._fail(field.name, "a bool", getattr(self, field.name))
+
+    @classmethod
+    def dparallel(
+        cls, *, mask_id: int, max_new_tokens: int, tau_entropy: float = 0.5, **others: Any
+    ) -> Self:
+        """dParallel's decoding rule: a block at a time, without lookahead.
+
+        A column is filled if the entropy of its distribution is below a threshold, and the one of
+        lowest entropy in any case; the next block is opened when its last column is filled. With
+        `branches` above 1 the same rule fills LoPA's winner.
+
+        Args:
+            mask_id, max_new_tokens: as for the class.
+            tau_entropy: in nats, the published LLaDA-8B's by default.
+            others: further fields of the class.
+
+        Raises:
+            ValueError: a value outside its range.
+
+        Source: dParallel, arXiv 2509.26488, section 3.3 and its published code.
+        """
+        if isinstance(tau_entropy, bool) or not tau_entropy >= 0:
+            raise ValueError(
+                f"LopaConfig.dparallel: tau_entropy: expected a number >= 0, got {tau_entropy!r}"
+            )
+        rule: dict[str, Any] = {
+            "metric": "neg_entropy",
+            "accept": "score",
+            "fallback": "window",
+            "tau_conf": -tau_entropy,
+            "tau_add": 1.0,
+            "branches": 1,
+        }
+        return cls(mask_id=mask_id, max_new_tokens=max_new_tokens, **{**rule, **others})
 
     def _fail(self, name: str, expected: str, got: object) -> None:
         raise ValueError(f"LopaConfig: {name}: expected {expected}, got {got!r}")
