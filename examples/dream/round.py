@@ -17,6 +17,7 @@ from torch import Tensor
 
 import lopa_kernels as lk
 from examples.dream.model import Cache, DiffusionLM, rope_table
+from lopa_kernels.distributed import BranchParallel
 
 #: bytes at whose multiples the tensors of a flat buffer begin
 _ALIGN = 256
@@ -114,6 +115,9 @@ class Runner:
             `torch._dynamo.reset()` starts afresh.
         compile_backend: its backend.
         seed: of the sampling (temperature > 0).
+        parallel: the branches are spread over its ranks, each of which has a runner of the same
+            settings and decodes the same prompts; all get the same tokens. Without sampling,
+            whose draws depend on a row's place, and without `compile`.
 
     Raises:
         ValueError: settings that do not fit together.
@@ -134,6 +138,7 @@ class Runner:
         compile: bool = False,
         compile_backend: str | Callable[..., Any] = "inductor",
         seed: int = 0,
+        parallel: BranchParallel | None = None,
     ) -> None:
         if config.branches is None or config.window is None:
             raise ValueError("Runner: config: expected branches and window to be set")
@@ -145,6 +150,10 @@ class Runner:
         sizes = [*range(block, width, block), width] if windows is None else list(windows)
         if sizes != sorted(set(sizes)) or not sizes or sizes[0] < 1 or sizes[-1] != width:
             raise ValueError(f"Runner: windows: expected ascending up to {width}, got {sizes}")
+        if parallel is not None and parallel.config != config:
+            raise ValueError("Runner: parallel: expected one of the same config")
+        if parallel is not None and (config.temperature > 0 or compile):
+            raise ValueError("Runner: parallel: expected temperature 0 and no compile")
         self.device = model.embed.device
         if capture is None:
             capture = self.device.type == "cuda"
@@ -153,7 +162,8 @@ class Runner:
         self.model, self.config, self.mask, self.single_phase = model, config, mask, single_phase
         self.batch, self.capacity, self.windows = batch, capacity, sizes
         self.head_rows, self.capture = head_rows, capture
-        self.cache = Cache.empty(model, batch, config.branches, width, capacity)
+        self.parallel = parallel
+        self.cache = self._make_cache()
         self.cos_sin = rope_table(model.config, capacity + width, self.device)
         self._seed = self._count = None
         if config.temperature > 0:
@@ -172,6 +182,18 @@ class Runner:
             )
         self.launched = 0
 
+    def _make_cache(self) -> Cache:
+        model, parallel = self.model, self.parallel
+        branches, window = self.config.branches, self.config.window
+        assert branches is not None
+        assert window is not None
+        if parallel is None:
+            return Cache.empty(model, self.batch, branches, window, self.capacity)
+        prefix = Cache.empty(model, self.batch, 1, 0, self.capacity)
+        c = model.config
+        windows = parallel.windows(c.layers, self.batch, c.kv_heads, c.head_dim, model.embed.dtype)
+        return Cache(prefix.k, prefix.v, *windows)
+
     def _make_slots(self) -> list[_Slot]:
         empty = torch.empty(self.batch, 0, dtype=torch.int64)
         first = lk.initial_state(empty, self.config)
@@ -189,10 +211,11 @@ class Runner:
         commit: bool,
     ) -> None:
         """A round: what is captured and compiled, and what prefill runs."""
-        config = self.config
-        needed = lk.needed_rows(state, config, head_rows)
+        config, parallel = self.config, self.parallel
+        own = state if parallel is None else parallel.local(state)
+        needed = lk.needed_rows(own, config, head_rows)
         residual, delta = self.model.hidden(
-            state,
+            own,
             cache,
             self.cos_sin,
             mask=mask,
@@ -200,9 +223,16 @@ class Runner:
             direct=direct,
         )
         logits = self.model.logits(residual, delta, needed.index)
-        lk.lopa_step_out(logits, state, config, out, needed.rows, seed=self._seed, step=self._count)
+        if parallel is None:
+            lk.lopa_step_out(
+                logits, state, config, out, needed.rows, seed=self._seed, step=self._count
+            )
+        else:
+            statistics = lk.token_confidence(logits, metric=config.metric, rows=needed.rows)
+            assert isinstance(statistics, lk.TokenConfidence)
+            parallel.step_out(*statistics, state, out, direct=not commit)
         if commit:
-            lk.kv_commit_(
+            (lk.kv_commit_ if parallel is None else parallel.commit_)(
                 cache.k,
                 cache.v,
                 cache.k_window,
@@ -218,8 +248,7 @@ class Runner:
     def _decode_round(self, columns: int, parity: int) -> None:
         """The round that reads slot 1 - parity and writes slot parity."""
         source, target = self._slots[1 - parity].step.state, self._slots[parity].step
-        assert self.config.branches is not None
-        rows = self.batch * self.config.branches * columns
+        rows = self.batch * self.cache.k_window.shape[2] * columns
         self._round(
             source._replace(tokens=source.tokens[:, :, :columns]),
             target._replace(committed=_committed(target, columns)),
@@ -312,6 +341,8 @@ class Runner:
             raise ValueError(f"columns: expected one of {self.windows}, got {columns}")
         if not self.launched:
             raise RuntimeError("Runner.launch: expected start() before it")
+        if self.parallel is not None:
+            self.parallel.check()
         parity = self.launched % 2
         graph = self._graphs.get((columns, parity))
         if graph is not None:

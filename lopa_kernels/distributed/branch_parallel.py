@@ -29,7 +29,7 @@ from lopa_kernels.distributed.watch import (
     store_of,
 )
 from lopa_kernels.ops.confidence import TokenConfidence
-from lopa_kernels.ops.step import branch_step
+from lopa_kernels.ops.step import branch_step, branch_step_out
 from lopa_kernels.state import LopaState, LopaStep, check_state
 
 #: how many were made in a group: the same number on every rank names the same object
@@ -239,6 +239,20 @@ class BranchParallel:
         """
         full = self.exchange(token, prob, score, state.tokens.shape[1], direct=direct)
         return branch_step(*full, state, self.config)
+
+    def step_out(
+        self,
+        token: torch.Tensor,
+        prob: torch.Tensor,
+        score: torch.Tensor,
+        state: LopaState,
+        out: LopaStep,
+        *,
+        direct: bool = False,
+    ) -> None:
+        """:meth:`step` into existing tensors, as :func:`lopa_kernels.branch_step_out`."""
+        full = self.exchange(token, prob, score, state.tokens.shape[1], direct=direct)
+        branch_step_out(*full, state, self.config, out)
 
     def commit_(
         self,
