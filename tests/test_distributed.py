@@ -36,7 +36,7 @@ CONFIG = lk.LopaConfig(mask_id=9, max_new_tokens=8, block_size=4, branches=4, wi
 def _rank_main(body: Any, backend: str, rank: int, ranks: int, file: str, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=ranks,
+        backend, init_method=f"file://{file}", rank=rank, world_size=ranks,
         timeout=timedelta(seconds=120),
     )  # fmt: skip
     try:

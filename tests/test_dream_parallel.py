@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,38 @@ def test_tokens_and_caches_do_not_depend_on_the_ranks(
     k, v = (torch.tensor(x) for x in by_ranks[0][family, ranks, mask][2])
     torch.testing.assert_close(k, runner.cache.k, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(v, runner.cache.v, rtol=1e-4, atol=1e-5)
+
+
+def decoded_on_gpus(transport: Any, rank: int) -> dict[str, Any]:
+    torch.cuda.set_device(rank)
+    results = {}
+    for family in ("dream", "llada"):
+        model = small(family, f"cuda:{rank}")
+        config = settings(model.config)
+        with BranchParallel(config, transport=transport, timeout=60.0, model=family) as parallel:
+            assert parallel.transport == transport
+            runner = Runner(model, config, batch=2, capacity=48, parallel=parallel)
+            runner.prepare()
+            # The second decode replays graphs alone.
+            first, again = runner.decode(PROMPTS), runner.decode(PROMPTS)
+            assert first.tokens.equal(again.tokens)
+            cache = [runner.cache.k.cpu().tolist(), runner.cache.v.cpu().tolist()]
+            results[family] = (again.tokens.tolist(), again.rounds.tolist(), cache)
+    return results
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("transport", ["collective", "symmetric"])
+def test_graphs_on_two_gpus(transport: str, tmp_path: Path) -> None:
+    outcomes = values(run_ranks(partial(decoded_on_gpus, transport), 2, tmp_path, backend="nccl"))
+    for family in ("dream", "llada"):
+        model = small(family)
+        alone = Runner(model, settings(model.config), batch=2, capacity=48).decode(PROMPTS)
+        for outcome in outcomes:
+            tokens, rounds, cache = outcome[family]
+            assert tokens == alone.tokens.tolist()
+            assert rounds == alone.rounds.tolist()
+            assert cache == outcomes[0][family][2]
 
 
 def other_settings(rank: int) -> list[str]:
