@@ -38,10 +38,19 @@ MODELS: dict[str, Callable[[], shapes.ModelConfig]] = {
 #: parts of a round beside the matrix products, in the order of the plot
 PARTS = ("attention", "prewrite", "norms", "step", "commit")
 
-#: of them, what is not the model's
+#: what is not the model's
 OUTSIDE = ("step", "commit", "rest")
 
 REPLAYS = 20
+
+#: of the JSON file; raised when a key changes its meaning or goes away
+SCHEMA = 1
+
+#: what stands behind the times, by device
+METHOD = {
+    "cpu": "wall time of eager calls; skipped on a CPU: graphs, and their check",
+    "cuda": "replays of CUDA graphs by events; a replayed round equals an eager one exactly",
+}
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,8 @@ def parts(runner: Runner, state: lk.LopaState, head_rows: int) -> dict[str, Call
     q, qkv = inputs(*shape, c.heads, c.head_dim), inputs(*shape, c.qkv_dim)
     stream, delta, gate_up = (inputs(rows, n) for n in (c.hidden, c.hidden, 2 * c.intermediate))
     logits, out = inputs(head_rows, c.vocab_size), runner._slots[1].step
+    # The round has this index from needed_rows, which is the step's.
+    index = torch.arange(head_rows, device=runner.device) % rows
 
     def attention() -> None:
         for number in range(c.layers):
@@ -178,8 +189,7 @@ def parts(runner: Runner, state: lk.LopaState, head_rows: int) -> dict[str, Call
             swiglu(gate_up)
             if number:
                 add_rms_norm(stream, delta, model.weights(number).attn_norm, c.norm_eps)
-        needed = torch.arange(head_rows, device=runner.device) % rows
-        add_rms_norm(stream, delta, model.norm, c.norm_eps, needed)
+        add_rms_norm(stream, delta, model.norm, c.norm_eps, index)
 
     def step() -> None:
         needed = lk.needed_rows(state, config, head_rows)
@@ -219,30 +229,55 @@ class Clock:
         return 1e6 * statistics.median(self.gpu.burst(replay, self.replays))
 
 
-def _copied(step: lk.LopaStep) -> list[torch.Tensor]:
-    return [tensor.clone() for tensor in (*step.state, *step[1:])]
+def outcome(runner: Runner, prefix: int, run: Callable[[], None]) -> list[torch.Tensor]:
+    """Copies of all that `run` leaves of a round: the next state, the step, the committed K/V.
+
+    The buffers are overwritten before, so that nothing of an earlier round passes for its own.
+    """
+    slot, caches = runner._slots[1], (runner.cache.k, runner.cache.v)
+    slot.flat.fill_(0xFF)
+    for cache in caches:
+        cache[:, :, prefix:].zero_()
+    run()
+    written = (*slot.step.state, *slot.step[1:], *(cache[:, :, prefix:] for cache in caches))
+    return [tensor.clone() for tensor in written]
 
 
-def check(runner: Runner) -> None:
-    """A captured round gives what the same round gives eagerly, and its status is 0.
+def check_equal(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """Exactly, value for value.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    for got, want in zip(results, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def check(runner: Runner, prefix: int) -> None:
+    """A round succeeds and repeats itself; on a GPU the second one is a replay of its graph.
 
     Raises:
         AssertionError: it does not.
     """
-    assert runner.config.window is not None
-    out = runner._slots[1].step
-    runner._decode_round(runner.config.window, 1)
-    expected = _copied(out)
+    window = runner.config.window
+    assert window is not None
+
+    def run() -> None:
+        runner._decode_round(window, 1)
+
+    expected = outcome(runner, prefix, run)
+    again: Callable[[], None] = run
     if runner.device.type == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            runner._decode_round(runner.config.window, 1)
-        graph.replay()
-        torch.cuda.synchronize()
-        for got, want in zip(_copied(out), expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+            run()
+        again = graph.replay
+    check_equal(outcome(runner, prefix, again), expected)
+    out = runner._slots[1].step
+    # Of logits without a finite value the status tells.
     assert not out.status.any(), f"status {out.status.tolist()}"
     assert (out.filled > 0).all()
+    assert all(tensor.isfinite().all() for tensor in expected[-2:]), "K/V that are not finite"
 
 
 @torch.no_grad()
@@ -268,7 +303,7 @@ def measure(
         head_rows=head_rows,
     )  # fmt: skip
     state = steady_state(runner, prefix)
-    check(runner)
+    check(runner, prefix)
     clock = Clock(runner.device, replays)
     whole = clock(lambda: runner._decode_round(window, 1))
     floor = clock(products(runner, head_rows))
@@ -295,6 +330,22 @@ def table(times: Sequence[RoundTimes], tpf: Sequence[float]) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
+def as_dict(
+    times: Sequence[RoundTimes], tpf: Sequence[float], header: dict[str, str]
+) -> dict[str, Any]:
+    """The same for machines, in microseconds; projections by their tokens a pass."""
+    rounds = [
+        {
+            **asdict(t),
+            "ratio": t.ratio,
+            "outside": t.outside,
+            "projected_tokens_per_s": {f"{value:g}": t.tokens_per_s(value) for value in tpf},
+        }
+        for t in times
+    ]
+    return {"schema": SCHEMA, "environment": header, "rounds": rounds}
+
+
 def plot(path: Path, times: Sequence[RoundTimes]) -> None:
     """A bar a shape, by what it is spent on."""
     import matplotlib
@@ -309,6 +360,8 @@ def plot(path: Path, times: Sequence[RoundTimes]) -> None:
         width = [max(0.0, t.products if name == "products" else t.parts[name]) / 1e3 for t in times]
         axes.barh(labels, width, left=left, label=name)
         left = [a + b for a, b in zip(left, width, strict=True)]
+    floor = [t.products / 1e3 for t in times]
+    axes.plot(floor, labels, "k|", markersize=12, label="floor: products alone")
     axes.invert_yaxis()
     axes.set_xlabel("ms a round")
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
@@ -344,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser().error(f"--{name}: expected at least 1")
     if any(window % options.block for window in options.window):
         parser().error(f"--window: expected multiples of {options.block}")
-    header = report.environment(options.device)
+    header = report.environment(options.device) | {"rounds": METHOD[options.device]}
     if options.device == "cuda":
         header |= cuda_runner.environment()
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
@@ -356,10 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(f"- {name}: {value}" for name, value in header.items()), end="\n\n")
     print(table(times, options.tpf))
     if options.json is not None:
-        rows: list[dict[str, Any]] = [
-            {**asdict(t), "ratio": t.ratio, "outside": t.outside} for t in times
-        ]
-        report.write_json(options.json, {"environment": header, "rounds": rows})
+        report.write_json(options.json, as_dict(times, options.tpf, header))
     if options.plot is not None:
         plot(options.plot, times)
     return 0
