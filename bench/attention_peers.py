@@ -53,8 +53,8 @@ PAGE = 16
 #: rows and keys of a block of the block mask, FlexAttention's default
 BLOCK = 128
 
-#: bytes of FlashInfer's workspace; the 128 MiB that it recommends are too few for split prefixes
-#: of many grouped heads
+#: bytes of FlashInfer's workspace: more than the 128 MiB that it recommends, for split prefixes of
+#: many grouped heads
 WORKSPACE = 512 << 20
 
 

@@ -378,7 +378,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--block", type=int, default=32, metavar="T")
     result.add_argument(
         "--tpf", type=float, nargs="*", default=[3.1, 10.1], metavar="TPF",
-        help="tokens a pass of the projection; default: LoPA's Table 1, greedy and LoPA on GSM8K",
+        help="tokens a pass of the projection; default: greedy and LoPA on GSM8K, arXiv 2512.16229",
     )  # fmt: skip
     result.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     result.add_argument("--replays", type=int, default=REPLAYS, metavar="N")

@@ -123,7 +123,7 @@ class LopaConfig:
         Raises:
             ValueError: a value outside its range.
 
-        Source: dParallel, arXiv 2509.26488, section 3.3 and its published code.
+        Source: dParallel, arXiv 2509.26488, and its published code.
         """
         if isinstance(tau_entropy, bool) or not tau_entropy >= 0:
             raise ValueError(

@@ -329,8 +329,6 @@ struct Consumer {
       mask(s, task.note(tile)->chunks + first_key() / kChunk, rows, place.lane);
     }
     const bool decays = softmax<kFirst>(s, top, sum, decay, args.scale_log2);
-    // Needed by the next step. It stands here for its loop, over which the assembler does not move
-    // the wait below: before the softmax, that would leave the tensor cores idle.
     pin(s);
     values_ready = barrier_done(task.barriers.v_full(turn.stage), turn.parity);
     Turn<L::kStages> next = turn;

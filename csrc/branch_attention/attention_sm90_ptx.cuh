@@ -109,12 +109,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
-// By one lane, after what all lanes of the warp did before.
-__device__ __forceinline__ void barrier_release(uint32_t barrier, int lane) {
-  __syncwarp();
-  if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 // Whether the phase is over, without waiting.
 __device__ __forceinline__ bool barrier_done(uint32_t barrier, uint32_t parity) {
   uint32_t done;
@@ -132,6 +126,12 @@ __device__ __forceinline__ bool barrier_done(uint32_t barrier, uint32_t parity) 
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// By one lane, after what all lanes of the warp did before.
+__device__ __forceinline__ void barrier_release(uint32_t barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) barrier_arrive(barrier);
 }
 
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
