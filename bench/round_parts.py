@@ -23,6 +23,9 @@ from lopa_kernels.distributed import BranchParallel
 #: parts of a round beside the matrix products, in the order of the plot
 PARTS = ("attention", "prewrite", "norms", "step", "commit")
 
+#: bursts of each call that is timed
+TURNS = 3
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -205,7 +208,7 @@ class Clock:
 
     Args:
         device: where the calls run.
-        replays: timed, of each call, at least.
+        replays: timed, of each call, in each of its TURNS turns.
         meet: comes before every burst; where ranks replay in lockstep, it lets them start together.
     """
 
@@ -214,6 +217,8 @@ class Clock:
     ) -> None:
         self.replays, self.meet = replays, meet
         self.gpu = cuda_runner.CudaDevice() if device.type == "cuda" else None
+        # Graphs read tensors that nothing but the call they were made of may hold.
+        self._held: list[Callable[[], object]] = []
 
     def ready(self, call: Callable[[], object]) -> Callable[[], object]:
         """What is timed of `call`: itself on a CPU, the replay of its graph on a GPU.
@@ -229,15 +234,16 @@ class Clock:
         replay = self.gpu.capture(call)
         if replay is None:
             raise RuntimeError("bench.round: a part of the round was not captured")
+        self._held.append(call)
         return replay
 
     def _burst(self, call: Callable[[], object]) -> list[float]:
         self.meet()
         if self.gpu is not None:
-            return self.gpu.burst(call, cuda_runner.BURST)
+            return self.gpu.burst(call, self.replays)
         call()
         taken = []
-        for _ in range(cuda_runner.BURST):
+        for _ in range(self.replays):
             start = time.perf_counter()
             call()
             taken.append(time.perf_counter() - start)
@@ -246,10 +252,11 @@ class Clock:
     def medians(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         """Microseconds of what :meth:`ready` gave.
 
-        The bursts alternate, so that all calls see the same clock and temperature.
+        Bursts alternate, so that all calls see the same temperature, and are long, so that each
+        is timed at the clock that a GPU at its power limit keeps up: a decoder's.
         """
         taken: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(-(-self.replays // cuda_runner.BURST)):
+        for _ in range(TURNS):
             for name, call in calls.items():
                 taken[name] += self._burst(call)
         return {name: 1e6 * statistics.median(seconds) for name, seconds in taken.items()}

@@ -324,7 +324,7 @@ struct Consumer {
     flags = load_shared_word(task.flags_at(tile));
     wgmma_wait<kFirst ? 0 : 1>();
     pin(s);
-    barrier_release(task.barriers.k_empty(turn.stage), place.lane);
+    barrier_arrive(task.barriers.k_empty(turn.stage));
     if (flags & kMasked) {
       mask(s, task.note(tile)->chunks + first_key() / kChunk, rows, place.lane);
     }
@@ -337,7 +337,7 @@ struct Consumer {
     if constexpr (!kFirst) {
       wgmma_wait<0>();
       pin(out);
-      barrier_release(task.barriers.v_empty(before.stage), place.lane);
+      barrier_arrive(task.barriers.v_empty(before.stage));
       if (__any_sync(~0u, decays)) {
 #pragma unroll
         for (int j = 0; j < kOut; j += 4) {
@@ -362,7 +362,7 @@ struct Consumer {
     issue_values<kKeysNow>(v);
     wgmma_wait<0>();
     pin(out);
-    barrier_release(task.barriers.v_empty(turn.stage), place.lane);
+    barrier_arrive(task.barriers.v_empty(turn.stage));
   }
 
   // A tile of which the warpgroup has no keys.
@@ -376,8 +376,8 @@ struct Consumer {
       checked ^= 1u << turn.stage;
     }
     barrier_wait(task.barriers.v_full(turn.stage), turn.parity);
-    barrier_release(task.barriers.k_empty(turn.stage), place.lane);
-    barrier_release(task.barriers.v_empty(turn.stage), place.lane);
+    barrier_arrive(task.barriers.k_empty(turn.stage));
+    barrier_arrive(task.barriers.v_empty(turn.stage));
   }
 
   // `tile` and `turn`: of the first tile, and then of the first of what follows.

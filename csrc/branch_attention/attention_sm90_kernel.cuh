@@ -37,7 +37,7 @@ __device__ __forceinline__ void load_prefix(const Sm90Arguments& args, const Tas
 // Keys (or values) by one warp. A lane has one chunk of a tile and one half of head_dim.
 template <typename L, bool kValues>
 __device__ __forceinline__ void produce(const Sm90Arguments& args, const Task<L>& task,
-                                        const Plan& plan, int lane) {
+                                        const Plan<L>& plan, int lane) {
   const int until = plan.runs.end(task.rank);
   int from = plan.runs.begin(task.rank);
   const int c = lane / L::kHalves, half = lane % L::kHalves;
@@ -52,7 +52,7 @@ __device__ __forceinline__ void produce(const Sm90Arguments& args, const Task<L>
 #pragma unroll 1
   for (uint32_t tile = task.vain; from < until; ++tile, turn.next()) {
     if (done == part.keys.units()) {
-      part.set_tile(args, task, tile_at(plan.tiles, from));
+      part.set_tile(args, task, tile_at<L>(plan.tiles, from));
       part.set_keys(task, plan.tiles, from, until);
       done = 0;
     }
@@ -128,19 +128,19 @@ __device__ __forceinline__ void produce(const Sm90Arguments& args, const Task<L>
 // keys. Whoever multiplies waits for it where a tile has any of the two.
 template <typename L>
 __device__ __forceinline__ void check_values(const Sm90Arguments& args, const Task<L>& task,
-                                             const Plan& plan, int lane) {
+                                             const Plan<L>& plan, int lane) {
   const int until = plan.runs.end(task.rank);
   Turn<L::kStages> turn;
   uint32_t tile = task.vain;
   if (task.vain) {
     barrier_wait(task.barriers.v_full(0), 0);
-    barrier_release(task.barriers.v_empty(0), lane);
+    barrier_arrive(task.barriers.v_empty(0));
     turn.next();
   }
 #pragma unroll 1
   for (int from = plan.runs.begin(task.rank); from < until;) {
     Part<L> part;
-    part.set_tile(args, task, tile_at(plan.tiles, from));
+    part.set_tile(args, task, tile_at<L>(plan.tiles, from));
     part.set_keys(task, plan.tiles, from, until);
     from += part.keys.units();
     const bool isolates =
@@ -156,7 +156,7 @@ __device__ __forceinline__ void check_values(const Sm90Arguments& args, const Ta
       barrier_wait(task.barriers.v_full(turn.stage), turn.parity);
       const bool last = begin + units > part.keys.end;
       if ((begin + units) * kUnit <= task.cache_len && !last && args.block_table == nullptr) {
-        barrier_release(task.barriers.v_empty(turn.stage), lane);
+        barrier_arrive(task.barriers.v_empty(turn.stage));
         continue;
       }
       // As the producers have them; lanes 0 to 7 and again.
@@ -205,8 +205,8 @@ __device__ __forceinline__ void check_values(const Sm90Arguments& args, const Ta
       }
       publish_to_async();
       if (lane == 0) task.note(tile)->strange = any;
-      if (missing != 0 || looks) barrier_release(task.barriers.v_checked(turn.stage), lane);
-      barrier_release(task.barriers.v_empty(turn.stage), lane);
+      if (missing != 0 || looks) barrier_arrive(task.barriers.v_checked(turn.stage));
+      barrier_arrive(task.barriers.v_empty(turn.stage));
     }
   }
 }
@@ -252,11 +252,11 @@ __device__ __forceinline__ void clear_tiles(const Sm90Arguments& args, const Tas
 // as every branch has its whole window.
 template <typename L>
 __device__ __forceinline__ void consume(const Sm90Arguments& args, const Task<L>& task,
-                                        const Blocks& blocks, const Plan& plan, bool asked,
+                                        const Blocks& blocks, const Plan<L>& plan, bool asked,
                                         int group, int thread) {
   // The first turn is the first warpgroup's.
   if (group == 1) named_arrive(barrier_of_turn(0), L::kConsumerThreads);
-  const Runs runs = plan.runs;
+  const auto runs = plan.runs;
   int from = runs.begin(task.rank);
   const int until = runs.end(task.rank);
   const uint32_t dead = __ballot_sync(~0u, thread % 32 < task.tiles && plan.tiles.units == 0);
@@ -266,15 +266,15 @@ __device__ __forceinline__ void consume(const Sm90Arguments& args, const Task<L>
   if (task.vain) {
     barrier_wait(task.barriers.k_full(0), 0);
     barrier_wait(task.barriers.v_full(0), 0);
-    barrier_release(task.barriers.k_empty(0), thread % 32);
-    barrier_release(task.barriers.v_empty(0), thread % 32);
+    barrier_arrive(task.barriers.k_empty(0));
+    barrier_arrive(task.barriers.v_empty(0));
     turn.next();
   }
   Part<L> part;
   WarpRows own;
   auto begin = [&](const Branches& branches, const Tiles& tiles, bool copies) {
     const Place<L> place(group, anew(thread));
-    part.set_tile(args, task, tile_at(tiles, from));
+    part.set_tile(args, task, tile_at<L>(tiles, from));
     own = warp_rows(args, task, branches, blocks, part, place.warp, place.lane);
     if (copies) {
       // After copies of the same place that turn out to be of other rows.
@@ -336,7 +336,7 @@ __device__ __forceinline__ void consume(const Sm90Arguments& args, const Task<L>
       // The other warps' products do not need the queries any more.
       named_sync(barrier_of_group(group), kWarpgroup);
     }
-    if constexpr (L::kMerges) {
+    if constexpr (L::kCluster) {
       if (writes && !part.whole()) {
         const Merge merge(task, runs, part, after.lane);
         writes = merge.member_of(after.warp, L::kWarps) == merge.own;
@@ -348,11 +348,12 @@ __device__ __forceinline__ void consume(const Sm90Arguments& args, const Task<L>
       }
     }
     if (writes) write_rows(args, task, own, after, sums);
+    if constexpr (!L::kCluster) break;
     more = from < until;
     if (more) {
       const Branches branches(args.branches, args.window,
                               length_of_lane(args, task.batch, after.lane), after.lane);
-      begin(branches, tiles_of_cluster(args, task, branches, after.lane), true);
+      begin(branches, tiles_of_task(args, task, branches, after.lane), true);
     }
   }
   // Where two warpgroups share rows, one writes.
@@ -380,9 +381,9 @@ __global__ void __launch_bounds__(L::kThreads, 1)
     for (int stage = 0; stage < L::kStages; ++stage) {
       barrier_init(task.barriers.k_full(stage), 1);
       barrier_init(task.barriers.v_full(stage), 1);
-      barrier_init(task.barriers.v_checked(stage), 1);
-      barrier_init(task.barriers.k_empty(stage), 4 * L::kConsumers);
-      barrier_init(task.barriers.v_empty(stage), 4 * L::kConsumers + 1);
+      barrier_init(task.barriers.v_checked(stage), 32);
+      barrier_init(task.barriers.k_empty(stage), L::kConsumerThreads);
+      barrier_init(task.barriers.v_empty(stage), L::kConsumerThreads + 32);
     }
 #pragma unroll
     for (int i = 0; i < L::kWarps; ++i) barrier_init(task.barriers.parts(i), 1);
@@ -393,15 +394,19 @@ __global__ void __launch_bounds__(L::kThreads, 1)
     prefetch_map(&args.v_window);
   }
   __syncthreads();
-  if (args.ctas_log2 > 0) cluster_arrive();
-  const int cluster = blockIdx.x >> args.ctas_log2;
-  task.rank = blockIdx.x - (cluster << args.ctas_log2);
+  const int cta = static_cast<int>(blockIdx.x);
+  int cluster = cta;
+  if constexpr (L::kCluster) {
+    cluster_arrive();
+    cluster = cta >> args.ctas_log2;
+  }
+  task.rank = cta - (cluster << args.ctas_log2);
   task.batch = blockIdx.y;
   task.first_tile = cluster * args.shared;
   task.tiles = least(args.shared, args.of_sequence - task.first_tile);
   Part<L> part;
   part.set_tile(args, task, 0);
-  const bool asked = args.shared == 1;
+  const bool asked = !L::kCluster || args.shared == 1;
   const int group = warp / 4 - 1, thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   const Place<L> place(group, thread);
   const WarpRows own = whole_rows(args, part, place.warp, lane);
@@ -422,11 +427,18 @@ __global__ void __launch_bounds__(L::kThreads, 1)
   }
   __syncwarp();
   // The barriers of the other CTAs are there; it costs nothing beside the loads.
-  if (args.ctas_log2 > 0) cluster_wait();
+  if constexpr (L::kCluster) cluster_wait();
   task.cache_len = clamp(task.cache_len, 0, args.capacity);
   const Branches branches(args.branches, args.window, length, lane);
-  const Tiles tiles = tiles_of_cluster(args, task, branches, lane);
-  const Plan plan{branches, tiles, Runs(tiles, task.tiles > 1, args.ctas_log2)};
+  const Tiles tiles = tiles_of_task(args, task, branches, lane);
+  const auto runs = [&] {
+    if constexpr (L::kCluster) {
+      return ClusterRuns(tiles, task.tiles > 1, args.ctas_log2);
+    } else {
+      return OneRun(tiles);
+    }
+  }();
+  const Plan<L> plan{branches, tiles, runs};
   task.ahead = args.ahead && task.cache_len >= kKeys &&
                plan.runs.begin(task.rank) < plan.runs.end(task.rank);
   task.vain = args.ahead && !task.ahead;

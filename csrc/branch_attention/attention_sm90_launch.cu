@@ -165,37 +165,41 @@ int64_t resident_clusters(int ctas) {
 }
 
 // How long a cut takes, by what a tile of keys, the start and the end of a CTA, a further tile of
-// rows and the merge take (microseconds on one H200; only their ratios count). It goes by the
-// capacity, as the lengths are the device's.
+// rows and the merge take (microseconds on one H200; only their ratios count), and no less than
+// reading the prefix. It goes by the capacity, as the lengths are the device's.
 template <typename L>
-void choose_cut(const BranchAttentionParams& p, AttentionCut wanted, Cut* best) {
-  constexpr double kKeysTime = L::kSplits ? 0.845 : 1.53, kStartTime = L::kSplits ? 5.2 : 6.8,
-                   kTileTime = 4.5;
-  // A cluster is started and merged the slower the larger it is, and has a stage less.
-  constexpr double kMergeTime = L::kSplits ? 3.5 : 1, kCtaTime = 0.3;
+void choose_cut(const BranchAttentionParams& p, int ctas, AttentionCut wanted, Cut* best) {
+  // The start of a CTA that follows another overlaps with others' work, in part.
+  constexpr double kFirstTime = 2;
+  constexpr double kStartTime = L::kCluster ? (L::kSplits ? 4 : 5.8) : (L::kSplits ? 3 : 4.4);
+  constexpr double kKeysTime = L::kSplits ? 0.89 : (L::kCluster ? 1.53 : 1.42);
+  constexpr double kTileTime = 4.5;
+  // A cluster is started and merged the slower the larger it is.
+  constexpr double kCtaTime = 0.3;
+  constexpr double kBytesTime = 1 / 4.0e6;
   if (wanted.tile_rows > 0 && wanted.tile_rows != L::kRows) return;
+  if (wanted.ctas > 0 && ctas != wanted.ctas) return;
   const int64_t tiles = ceil_div(p.branches * p.window * (p.q_heads / p.kv_heads), L::kRows);
   const int64_t of_sequence = tiles * p.kv_heads;
   const int64_t units = ceil_div(p.capacity, kUnit) + ceil_div(p.window, kUnit);
-  for (int ctas = 1; ctas <= 8; ctas *= 2) {
-    if (wanted.ctas > 0 && ctas != wanted.ctas) continue;
-    const int64_t resident = resident_clusters<L>(ctas);
-    for (int64_t shared = 1; shared <= std::min<int64_t>(of_sequence, kMostTiles); ++shared) {
-      if (wanted.shared > 0 && shared != std::min<int64_t>(wanted.shared, of_sequence)) continue;
-      const int64_t own = ceil_div(shared * units, ctas);
-      // Runs of one pair of units are mostly overhead.
-      if (ctas > 1 && own < 2 && wanted.ctas == 0) break;
-      const int64_t clusters = ceil_div(of_sequence, shared);
-      const int64_t waves = ceil_div(clusters * p.batch, resident);
-      const double parts =
-          static_cast<double>(ceil_div(shared, ctas)) + (shared % ctas && shared > 1);
-      const double time = static_cast<double>(waves) *
-                          (kStartTime + static_cast<double>(own) / 2 * kKeysTime +
-                           (parts - 1) * kTileTime + (ctas > 1 ? kMergeTime + kCtaTime * ctas : 0));
-      if (time < best->time) {
-        *best = Cut{L::kRows, tiles, ctas, shared, clusters, time};
-      }
-    }
+  const int64_t most_shared = L::kCluster ? std::min<int64_t>(of_sequence, kMostTiles) : 1;
+  const int64_t resident = resident_clusters<L>(ctas);
+  const double reading =
+      static_cast<double>(2 * p.batch * p.capacity * p.kv_heads * p.head_dim * kElement) *
+      kBytesTime;
+  for (int64_t shared = 1; shared <= most_shared; ++shared) {
+    if (wanted.shared > 0 && shared != std::min<int64_t>(wanted.shared, of_sequence)) continue;
+    const int64_t own = ceil_div(shared * units, ctas);
+    // Runs of one pair of units are mostly overhead.
+    if (ctas > 1 && own < 2 && wanted.ctas == 0) break;
+    const int64_t clusters = ceil_div(of_sequence, shared);
+    const int64_t waves = ceil_div(clusters * p.batch, resident);
+    const double parts =
+        static_cast<double>(ceil_div(shared, ctas)) + (shared % ctas && shared > 1);
+    const double wave = kStartTime + static_cast<double>(own) / 2 * kKeysTime +
+                        (parts - 1) * kTileTime + (L::kCluster ? kCtaTime * ctas : 0);
+    const double time = std::max(kFirstTime + static_cast<double>(waves) * wave, reading);
+    if (time < best->time) *best = Cut{L::kRows, tiles, ctas, shared, clusters, time};
   }
 }
 
@@ -233,7 +237,7 @@ void launch_layout(const BranchAttentionParams& p, const Cut& cut, cudaStream_t 
   args.of_sequence = static_cast<int32_t>(cut.tiles * p.kv_heads);
   args.shared = static_cast<int32_t>(cut.shared);
   args.ctas_log2 = std::countr_zero(static_cast<uint64_t>(cut.ctas));
-  args.ahead = cut.ctas == 1 && cut.shared == 1 && p.block_table == nullptr && p.capacity >= kKeys;
+  args.ahead = !L::kCluster && p.block_table == nullptr && p.capacity >= kKeys;
   args.block_size =
       make_divisor(static_cast<uint32_t>(std::clamp<int64_t>(p.block_size, 1, 1 << 30)));
   args.table_width = static_cast<int32_t>(p.table_width);
@@ -260,23 +264,24 @@ void launch_layout(const BranchAttentionParams& p, const Cut& cut, cudaStream_t 
   config.dynamicSmemBytes = static_cast<size_t>(L::kBytes);
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = cut.ctas > 1 ? 2 : 1;
+  config.numAttrs = L::kCluster ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, args), "branch_attention");
 }
 
-// Layouts of one tile of rows, whose keys several CTAs may have (Merging) or not.
+// Layouts of one form of a tile: of CTAs alone, and of clusters, which have less room.
 template <typename T, int kHeadDim, bool kSplits>
 struct Layouts {
-  using Merging = Layout<T, kHeadDim, kSplits, true, kHeadDim == 128 ? 2 : 3>;
   using Alone = Layout<T, kHeadDim, kSplits, false, 3>;
-  static_assert(Merging::kBytes <= kMaxShared && Alone::kBytes <= kMaxShared);
+  using Cluster = Layout<T, kHeadDim, kSplits, true, kHeadDim == 128 ? 2 : 3>;
+  static_assert(Alone::kBytes <= kMaxShared && Cluster::kBytes <= kMaxShared);
 
   static void choose(const BranchAttentionParams& p, AttentionCut wanted, Cut* best) {
-    choose_cut<Merging>(p, wanted, best);
+    choose_cut<Alone>(p, 1, wanted, best);
+    for (int ctas = 2; ctas <= 8; ctas *= 2) choose_cut<Cluster>(p, ctas, wanted, best);
   }
   static void launch(const BranchAttentionParams& p, const Cut& cut, cudaStream_t stream) {
     if (cut.ctas == 1) return launch_layout<Alone>(p, cut, stream);
-    launch_layout<Merging>(p, cut, stream);
+    launch_layout<Cluster>(p, cut, stream);
   }
 };
 
@@ -287,8 +292,8 @@ void launch_fastest(const BranchAttentionParams& p, AttentionCut wanted, cudaStr
   Layouts<T, kHeadDim, false>::choose(p, wanted, &cut);
   if (cut.rows == 0) {
     throw std::runtime_error(
-        "branch_attention: expected a cut of 1, 2, 4 or 8 CTAs, at most 31 tiles and 64 or 128 "
-        "rows a tile");
+        "branch_attention: expected a cut of 1, 2, 4 or 8 CTAs, at most 31 tiles (one, of one CTA) "
+        "and 64 or 128 rows a tile");
   }
   if (cut.rows == kGroupRows) return Layouts<T, kHeadDim, true>::launch(p, cut, stream);
   Layouts<T, kHeadDim, false>::launch(p, cut, stream);

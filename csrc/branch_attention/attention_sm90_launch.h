@@ -11,8 +11,8 @@ namespace lopa {
 // everything at multiples of 16 bytes. (Of the device, that it is of compute capability 9.0.)
 bool attention_sm90_supports(const BranchAttentionParams& params);
 
-// How the work is cut: CTAs of a cluster (1, 2, 4, 8), tiles of rows that they share (at most 31),
-// rows of a tile. 0 chooses by the shapes. Results differ in their last bits between cuts.
+// How the work is cut: CTAs of a cluster (1, 2, 4, 8), tiles of rows they share (at most 31; 1
+// alone), rows of a tile. 0 chooses by the shapes. Results differ in their last bits between cuts.
 struct AttentionCut {
   int ctas = 0;
   int shared = 0;

@@ -26,8 +26,8 @@ struct Merge {
   int own;      // one of the parts
 
   template <typename L>
-  __device__ __forceinline__ Merge(const Task<L>& task, const Runs& runs, const Part<L>& part,
-                                   int lane)
+  __device__ __forceinline__ Merge(const Task<L>& task, const ClusterRuns& runs,
+                                   const Part<L>& part, int lane)
       : first(runs.owner(part.start, lane)) {
     const int end = part.start + part.units;
     const int last = runs.owner(end - 1, lane);
@@ -138,27 +138,24 @@ __device__ __forceinline__ bool join(const Task<L>& task, const Place<L>& place,
                                      const Sums<L>& sums) {
   const uint32_t tops = task.memory + L::kOtherTops + place.warp * L::kTopsBytes;
   const uint32_t to = task.memory + L::kQ + place.warp * L::kSumsBytes;
-  if (place.group == 0) {
-    named_sync(kSumsThere, L::kConsumerThreads);
-    add_parts(place, sums, 1, tops, to);
-    named_sync(kSumsRead, L::kConsumerThreads);
-    return true;
-  }
+  if (place.group == 1) {
 #pragma unroll
-  for (int i = 0; i < Sums<L>::kOut; i += 4) {
-    store_shared(to + place.lane * 16 + i / 4 * 512,
-                 make_uint4(__float_as_uint(sums.out[i]), __float_as_uint(sums.out[i + 1]),
-                            __float_as_uint(sums.out[i + 2]), __float_as_uint(sums.out[i + 3])));
-  }
-  if (place.lane % 4 == 0) {
-    store_shared(tops + place.lane * 4,
-                 make_uint4(__float_as_uint(sums.top[0]), __float_as_uint(sums.sum[0]),
-                            __float_as_uint(sums.top[1]), __float_as_uint(sums.sum[1])));
+    for (int i = 0; i < Sums<L>::kOut; i += 4) {
+      store_shared(to + place.lane * 16 + i / 4 * 512,
+                   make_uint4(__float_as_uint(sums.out[i]), __float_as_uint(sums.out[i + 1]),
+                              __float_as_uint(sums.out[i + 2]), __float_as_uint(sums.out[i + 3])));
+    }
+    if (place.lane % 4 == 0) {
+      store_shared(tops + place.lane * 4,
+                   make_uint4(__float_as_uint(sums.top[0]), __float_as_uint(sums.sum[0]),
+                              __float_as_uint(sums.top[1]), __float_as_uint(sums.sum[1])));
+    }
   }
   named_sync(kSumsThere, L::kConsumerThreads);
-  // Before the next queries.
+  if (place.group == 0) add_parts(place, sums, 1, tops, to);
+  // Before other queries come to the same place.
   named_sync(kSumsRead, L::kConsumerThreads);
-  return false;
+  return place.group == 0;
 }
 
 // lse is [batch, branches, query heads, window]; `value` is to the base 2.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "branch_attention/attention_sm90_ptx.cuh"
 #include "branch_attention/attention_work.h"
@@ -88,13 +89,14 @@ struct Note {
 };
 
 // Two warpgroups have 64 rows each and all keys (kRows = 128), or both the same 64 rows and one
-// half of the keys of each tile (kSplits). Where `kMerges`, several CTAs may have keys of one tile.
-template <typename T, int kHeadDim_, bool kSplits_, bool kMerges_, int kStages_>
+// half of the keys of each tile (kSplits). A CTA has a tile of rows, or (kCluster) those of a
+// cluster have several in common.
+template <typename T, int kHeadDim_, bool kSplits_, bool kCluster_, int kStages_>
 struct Layout {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kSplits = kSplits_;
-  static constexpr bool kMerges = kMerges_;
+  static constexpr bool kCluster = kCluster_;
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kStages = kStages_;
   static constexpr int kRows = kSplits ? kGroupRows : kGroupRows * kConsumers;
@@ -119,7 +121,7 @@ struct Layout {
   static constexpr int kGroupQBytes = kSplits ? kRows * kHeadDim * 2 : 0;
   static constexpr int kK = kQ + kConsumers * kGroupRows * kHeadDim * 2;
   static constexpr int kV = kK + kStages * kTileBytes;
-  static constexpr int kParts = kMerges ? kMostParts : 0;
+  static constexpr int kParts = kCluster ? kMostParts : 0;
   static constexpr int kSums = kV + kStages * kTileBytes;
   static constexpr int kTops = kSums + kParts * kSumsBytes;
   static constexpr int kOtherTops = kTops + kParts * kTopsBytes;  // of the other warpgroup
@@ -215,18 +217,27 @@ struct Part {
   // warp, after set_tile.
   __device__ __forceinline__ void set_keys(const Task<L>& task, const Tiles& tiles, int from,
                                            int until) {
-    units = of_lane(tiles.units, tile);
-    start = of_lane(tiles.until, tile) - units;
     keys.prefix_units = ceil_div(task.cache_len, kUnit);
-    keys.first_branch = of_lane(tiles.first_branch, tile);
-    keys.last_branch = of_lane(tiles.last_branch, tile);
+    if constexpr (L::kCluster) {
+      units = of_lane(tiles.units, tile);
+      start = of_lane(tiles.until, tile) - units;
+      keys.first_branch = of_lane(tiles.first_branch, tile);
+      keys.last_branch = of_lane(tiles.last_branch, tile);
+    } else {
+      units = tiles.units;
+      start = 0;
+      keys.first_branch = tiles.first_branch;
+      keys.last_branch = tiles.last_branch;
+    }
     keys.begin = from - start;
     keys.end = least(until - start, units);
   }
 };
 
-// The cluster's tile that has the unit `from`, by a warp.
+// The tile that has the unit `from`, by a warp.
+template <typename L>
 __device__ __forceinline__ int tile_at(const Tiles& tiles, int from) {
+  if constexpr (!L::kCluster) return 0;
   return __popc(__ballot_sync(~0u, tiles.until <= from));
 }
 
@@ -238,18 +249,23 @@ __device__ __forceinline__ int length_of_lane(const Sm90Arguments& args, int bat
 }
 
 // What there is to do, by a warp.
+template <typename L>
 struct Plan {
+  using Runs = std::conditional_t<L::kCluster, ClusterRuns, OneRun>;
+
   Branches branches;
   Tiles tiles;
   Runs runs;
 };
 
 template <typename L>
-__device__ __forceinline__ Tiles tiles_of_cluster(const Sm90Arguments& args, const Task<L>& task,
-                                                  const Branches& branches, int lane) {
+__device__ __forceinline__ Tiles tiles_of_task(const Sm90Arguments& args, const Task<L>& task,
+                                               const Branches& branches, int lane) {
+  // All lanes have the only tile.
   Part<L> part;
-  part.set_tile(args, task, lane);
-  return tiles_of(branches, args.group, lane < task.tiles, task.tiles > 1, part.first_row, L::kRows,
+  part.set_tile(args, task, L::kCluster ? lane : 0);
+  return tiles_of(branches, args.group, !L::kCluster || lane < task.tiles,
+                  L::kCluster && task.tiles > 1, part.first_row, L::kRows,
                   ceil_div(task.cache_len, kUnit), lane);
 }
 

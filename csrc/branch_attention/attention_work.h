@@ -223,12 +223,11 @@ __device__ __forceinline__ Tiles tiles_of(const Branches& branches, const Diviso
 // How the CTAs of a cluster share its tiles: the units of all of them, one tile after another, are
 // cut into runs, as equal as can be, for the first 2^log2 CTAs. None of them is empty, and no tile
 // meets more than three, unless there is only one tile.
-struct Runs {
+struct ClusterRuns {
   int units;
   int log2;
 
-  __device__ __forceinline__ Runs(int units, int log2) : units(units), log2(log2) {}
-  __device__ __forceinline__ Runs(const Tiles& tiles, bool several, int ctas_log2)
+  __device__ __forceinline__ ClusterRuns(const Tiles& tiles, bool several, int ctas_log2)
       : units(of_lane(tiles.until, 31)), log2(ctas_log2) {
     while (log2 > 0 && (units >> log2 == 0 ||
                         (several && __any_sync(~0u, tiles.units - 1 > 2 * (units >> log2))))) {
@@ -243,6 +242,15 @@ struct Runs {
   __device__ __forceinline__ int owner(int unit, int lane) const {
     return __popc(__ballot_sync(~0u, lane >> log2 == 0 && end(lane) <= unit));
   }
+};
+
+// All of a tile, by its only CTA.
+struct OneRun {
+  int units;
+
+  __device__ __forceinline__ explicit OneRun(const Tiles& tiles) : units(tiles.units) {}
+  __device__ __forceinline__ int begin(int) const { return 0; }
+  __device__ __forceinline__ int end(int) const { return units; }
 };
 
 struct alignas(16) Chunk {
