@@ -2,8 +2,9 @@
 
 Random weights. The round is one graph over a state that stays as it is, so that every replay does
 the same work: all branches live, the first block complete and to be committed, the others open. The
-matrix products alone, its floor, and the model's pass alone are graphs over the same buffers, whose
-bursts alternate with those of the round; the other parts are timed alone.
+matrix products alone, its floor, are a graph over the same buffers, whose bursts alternate with
+those of the round. Step, commit and the time between rounds are read from events within a round's
+graph; the model's other parts are timed alone.
 
 Under torchrun the branches are spread over the ranks, one process a device, and each transport's
 round is measured beside that of one device:
@@ -27,13 +28,14 @@ from tabulate import tabulate
 import lopa_kernels as lk
 from bench import cuda_runner, report, round_ranks
 from bench.round_parts import (
+    OUTSIDE,
     PARTS,
     Clock,
+    Marks,
     Shape,
     bars,
     check,
-    check_model_pass,
-    model_pass,
+    marked_round,
     parts,
     products,
     steady_state,
@@ -51,13 +53,14 @@ MODELS: dict[str, Callable[[], shapes.ModelConfig]] = {
 REPLAYS = 20
 
 #: of the JSON file; raised when a key changes its meaning or goes away
-SCHEMA = 2
+SCHEMA = 3
 
 #: what stands behind the times, by device
 METHOD = {
     "cpu": "wall time of eager calls; skipped on a CPU: graphs, and their check",
-    "cuda": "replays of CUDA graphs by events, in bursts that alternate between the round, its "
-    "products and its model's pass; a replayed round equals an eager one exactly",
+    "cuda": "replays of CUDA graphs by events, in bursts that alternate between the round and its "
+    "products; step, commit and idle by events within the round's graph; a replayed round equals "
+    "an eager one exactly",
 }
 
 
@@ -69,11 +72,11 @@ class RoundTimes:
         model, branches, window, prefix, head_rows: the round's shape.
         round: the whole of it.
         products: its matrix products alone.
-        model_pass: the model's pass alone, up to the logits.
-        parts: the others, each alone; "rest" is what the sum of all leaves of the round, negative
-            where parts that are timed alone cost more than in their places.
+        parts: the model's others (PARTS), each alone; those outside the model (OUTSIDE) in their
+            places, "idle" between a round and the next; "rest" is what the sum of all leaves of the
+            round, negative where parts that are timed alone cost more than in their places.
         ratio: of the round to its products.
-        outside: the round less the model's pass: step, commit, and where the device idles.
+        outside: step, commit and idle together.
     """
 
     model: str
@@ -83,7 +86,6 @@ class RoundTimes:
     head_rows: int
     round: float
     products: float
-    model_pass: float
     parts: dict[str, float]
 
     @property
@@ -92,7 +94,7 @@ class RoundTimes:
 
     @property
     def outside(self) -> float:
-        return self.round - self.model_pass
+        return sum(self.parts[part] for part in OUTSIDE)
 
     def tokens_per_s(self, tpf: float) -> float:
         """A projection: so many tokens of one sequence in a round of this time."""
@@ -117,15 +119,17 @@ def measure(
     alternating: dict[str, Callable[[], object]] = {
         "round": clock.ready(lambda: runner._decode_round(shape.window, 1)),
         "products": clock.ready(products(runner, head_rows)),
-        "model_pass": clock.ready(model_pass(runner, state, head_rows)),
     }
     step = check(runner, shape.prefix, alternating["round"])
-    check_model_pass(runner, alternating["model_pass"])
+    marks = Marks(runner.device)
+    marked = clock.ready(marked_round(runner, state, head_rows, marks))
+    check(runner, shape.prefix, marked)
     whole = clock.medians(alternating)
     split = {
         part: clock.medians({part: clock.ready(call)})[part]
         for part, call in parts(runner, state, head_rows).items()
     }
+    split |= clock.outside(marked, marks)
     split["rest"] = whole["round"] - whole["products"] - sum(split.values())
     times = RoundTimes(
         model=name, branches=shape.branches, window=shape.window, prefix=shape.prefix,
@@ -137,14 +141,15 @@ def measure(
 def table(times: Sequence[RoundTimes], tpf: Sequence[float]) -> str:
     headers = [
         "model", "K", "W", "P", "round, ms", "products, ms", "ratio",
-        "outside the model, us", *(f"{part} alone, us" for part in PARTS), "rest, us",
+        "outside the model, us", *(f"{part}, us" for part in OUTSIDE),
+        *(f"{part} alone, us" for part in PARTS), "rest, us",
         *(f"tokens/s at {value:g} a pass (projected)" for value in tpf),
     ]  # fmt: skip
     rows = [
         [
             t.model, t.branches, t.window, t.prefix, f"{t.round / 1e3:.2f}",
             f"{t.products / 1e3:.2f}", f"{t.ratio:.2f}x",
-            f"{t.outside:.0f}", *(f"{t.parts[part]:.0f}" for part in (*PARTS, "rest")),
+            f"{t.outside:.0f}", *(f"{t.parts[part]:.0f}" for part in (*OUTSIDE, *PARTS, "rest")),
             *(f"{t.tokens_per_s(value):.0f}" for value in tpf),
         ]
         for t in times
@@ -183,7 +188,7 @@ def plot(path: Path, times: Sequence[RoundTimes]) -> None:
     """A bar a shape, by what it is spent on."""
     labels = [f"{t.model}, K {t.branches}, W {t.window}, P {t.prefix}" for t in times]
     shares = {"products": [t.products for t in times]}
-    shares |= {part: [t.parts[part] for t in times] for part in (*PARTS, "rest")}
+    shares |= {part: [t.parts[part] for t in times] for part in (*PARTS, *OUTSIDE, "rest")}
     bars(path, labels, shares, shares["products"], "floor: products alone")
 
 

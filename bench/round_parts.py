@@ -20,11 +20,17 @@ from examples.dream.model import DiffusionLM
 from examples.dream.round import Runner
 from lopa_kernels.distributed import BranchParallel
 
-#: parts of a round beside the matrix products, in the order of the plot
-PARTS = ("attention", "prewrite", "norms", "step", "commit")
+#: parts of a round beside the matrix products that are timed alone, in the order of the plot
+PARTS = ("attention", "prewrite", "norms")
+
+#: what a round has outside its model, timed in its place
+OUTSIDE = ("step", "commit", "idle")
 
 #: bursts of each call that is timed
 TURNS = 3
+
+#: replays in a burst whose last one is read by its marks
+MARKED = 3
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ def products(runner: Runner, head_rows: int) -> Callable[[], None]:
 
 
 def parts(runner: Runner, state: lk.LopaState, head_rows: int) -> dict[str, Callable[[], None]]:
-    """The rest of a round, by part, over the runner's own buffers."""
+    """The model's other parts, over the runner's own buffers."""
     model, c, config, cache = runner.model, runner.model.config, runner.config, runner.cache
     shape = state.tokens.shape
     rows = state.tokens.numel()
@@ -143,7 +149,6 @@ def parts(runner: Runner, state: lk.LopaState, head_rows: int) -> dict[str, Call
 
     q, qkv = inputs(*shape, c.heads, c.head_dim), inputs(*shape, c.qkv_dim)
     stream, delta, gate_up = (inputs(rows, n) for n in (c.hidden, c.hidden, 2 * c.intermediate))
-    logits, out = inputs(head_rows, c.vocab_size), runner._slots[1].step
     # The round has this index from needed_rows, which is the step's.
     index = torch.arange(head_rows, device=runner.device) % rows
 
@@ -171,17 +176,7 @@ def parts(runner: Runner, state: lk.LopaState, head_rows: int) -> dict[str, Call
                 add_rms_norm(stream, delta, model.weights(number).attn_norm, c.norm_eps)
         add_rms_norm(stream, delta, model.norm, c.norm_eps, index)
 
-    def step() -> None:
-        needed = lk.needed_rows(state, config, head_rows)
-        lk.lopa_step_out(logits, state, config, out, needed.rows)
-
-    def commit() -> None:
-        lk.kv_commit_(
-            cache.k, cache.v, cache.k_window, cache.v_window, out.winner, state.cache_len,
-            state.commit_len, status=out.status,
-        )  # fmt: skip
-
-    return dict(zip(PARTS, (attention, prewrite, norms, step, commit), strict=True))
+    return dict(zip(PARTS, (attention, prewrite, norms), strict=True))
 
 
 def model_pass(runner: Runner, state: lk.LopaState, head_rows: int) -> Callable[[], torch.Tensor]:
@@ -199,6 +194,56 @@ def model_pass(runner: Runner, state: lk.LopaState, head_rows: int) -> Callable[
             state, cache, runner.cos_sin, mask=runner.mask, block_size=config.block_size
         )
         return model.logits(residual, delta, index)
+
+    return call
+
+
+class Marks:
+    """Places in a call, and when its last run came by: events in its graph, or the wall's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+        self._events: dict[str, torch.cuda.Event] = {}
+        self._walls: dict[str, float] = {}
+
+    def __call__(self, place: str) -> None:
+        if not self._gpu:
+            self._walls[place] = time.perf_counter()
+            return
+        if place not in self._events:
+            # External: a node of the graph that is captured, so that every replay records it.
+            self._events[place] = torch.cuda.Event(enable_timing=True, external=True)
+        self._events[place].record()
+
+    def seconds(self, start: str, end: str) -> float:
+        """Between two places of the last run, which has ended."""
+        if self._gpu:
+            return self._events[start].elapsed_time(self._events[end]) * 1e-3
+        return self._walls[end] - self._walls[start]
+
+
+def marked_round(
+    runner: Runner, state: lk.LopaState, head_rows: int, mark: Callable[[str], None]
+) -> Callable[[], None]:
+    """The round on one device, call for call, with marks where its model begins and ends."""
+    config, cache, out = runner.config, runner.cache, runner._slots[1].step
+
+    def call() -> None:
+        mark("start")
+        needed = lk.needed_rows(state, config, head_rows)
+        mark("rows")
+        residual, delta = runner.model.hidden(
+            state, cache, runner.cos_sin, mask=runner.mask, block_size=config.block_size
+        )
+        logits = runner.model.logits(residual, delta, needed.index)
+        mark("logits")
+        lk.lopa_step_out(logits, state, config, out, needed.rows)
+        mark("step")
+        lk.kv_commit_(
+            cache.k, cache.v, cache.k_window, cache.v_window, out.winner, state.cache_len,
+            state.commit_len, status=out.status,
+        )  # fmt: skip
+        mark("end")
 
     return call
 
@@ -237,17 +282,31 @@ class Clock:
         self._held.append(call)
         return replay
 
-    def _burst(self, call: Callable[[], object]) -> list[float]:
+    def _burst(self, call: Callable[[], object], replays: int) -> list[float]:
         self.meet()
         if self.gpu is not None:
-            return self.gpu.burst(call, self.replays)
+            return self.gpu.burst(call, replays)
         call()
         taken = []
-        for _ in range(self.replays):
+        for _ in range(replays):
             start = time.perf_counter()
             call()
             taken.append(time.perf_counter() - start)
         return taken
+
+    def outside(self, call: Callable[[], object], marks: Marks) -> dict[str, float]:
+        """Microseconds of OUTSIDE in :func:`marked_round`, made ready; medians.
+
+        The marks tell of the last replay of a burst alone, so that there are many short ones.
+        "idle" is from the end of a replay to the start of the next.
+        """
+        taken: dict[str, list[float]] = {name: [] for name in OUTSIDE}
+        for _ in range(TURNS * self.replays):
+            whole = self._burst(call, MARKED)[-1]
+            taken["step"].append(marks.seconds("start", "rows") + marks.seconds("logits", "step"))
+            taken["commit"].append(marks.seconds("step", "end"))
+            taken["idle"].append(whole - marks.seconds("start", "end"))
+        return {name: 1e6 * statistics.median(seconds) for name, seconds in taken.items()}
 
     def medians(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         """Microseconds of what :meth:`ready` gave.
@@ -258,7 +317,7 @@ class Clock:
         taken: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(TURNS):
             for name, call in calls.items():
-                taken[name] += self._burst(call)
+                taken[name] += self._burst(call, self.replays)
         return {name: 1e6 * statistics.median(seconds) for name, seconds in taken.items()}
 
 

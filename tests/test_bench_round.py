@@ -36,11 +36,11 @@ def test_program_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     rounds = report["rounds"]
     assert [(r["branches"], r["window"]) for r in rounds] == [(1, 8), (1, 24), (3, 8), (3, 24)]
     for r in rounds:
-        assert set(r["parts"]) == {*round_parts.PARTS, "rest"}
+        assert set(r["parts"]) == {*round_parts.PARTS, *round_parts.OUTSIDE, "rest"}
         assert r["round"] > 0 < r["products"]
         total = r["products"] + sum(r["parts"].values())
         assert total == pytest.approx(r["round"])
-        assert r["outside"] == pytest.approx(r["round"] - r["model_pass"])
+        assert r["outside"] == pytest.approx(sum(r["parts"][p] for p in round_parts.OUTSIDE))
         assert f" {r['outside']:.0f} " in printed
         assert f"{r['ratio']:.2f}x" in printed
         projected = r["projected_tokens_per_s"]
@@ -99,6 +99,31 @@ def test_the_models_pass_is_that_of_the_round() -> None:
         round_parts.check_model_pass(runner, lambda: None)
 
 
+def test_a_marked_round_is_the_round() -> None:
+    runner, state = steady("small-dream")
+    places: list[str] = []
+    call = round_parts.marked_round(runner, state, SHAPE.head_rows(3), places.append)
+    round_parts.check(runner, SHAPE.prefix, call)
+    assert places == ["start", "rows", "logits", "step", "end"]
+
+
+def test_outside_is_read_from_the_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, marks = round_parts.Clock(torch.device("cpu"), 1), round_parts.Marks(torch.device("cpu"))
+    times = {"start": 1.0, "rows": 1.25, "logits": 4.0, "step": 4.5, "end": 4.625}
+
+    def burst(call: Callable[[], object], replays: int) -> list[float]:
+        call()
+        return [9.0, 9.0, 4.0]
+
+    def call() -> None:
+        for place, now in times.items():
+            monkeypatch.setattr(round_parts.time, "perf_counter", lambda now=now: now)
+            marks(place)
+
+    monkeypatch.setattr(clock, "_burst", burst)
+    assert clock.outside(call, marks) == {"step": 0.75e6, "commit": 0.125e6, "idle": 0.375e6}
+
+
 def multiplied(call: Callable[[], object]) -> list[tuple[torch.Size, torch.Size]]:
     """Sizes of the matrix products that `call` computes, in their order."""
     sizes, linear = [], functional.linear
@@ -134,7 +159,7 @@ def test_medians_are_microseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = round_parts.Clock(torch.device("cpu"), 3)
     bursts = iter([[1e-3, 2e-3, 9e-3], [4e-3, 3e-3, 2e-3]])
     monkeypatch.setattr(round_parts, "TURNS", 2)
-    monkeypatch.setattr(clock, "_burst", lambda call: next(bursts))
+    monkeypatch.setattr(clock, "_burst", lambda call, replays: next(bursts))
     assert clock.medians({"x": lambda: None}) == {"x": pytest.approx(2500.0)}
 
 
@@ -167,10 +192,11 @@ def test_a_graph_is_timed_or_nothing() -> None:
 
 
 def test_projection() -> None:
-    times = bench_round.RoundTimes("m", 4, 64, 1024, 128, 5000.0, 4000.0, 4600.0, {})
+    parts = {"norms": 900.0, "step": 40.0, "commit": 10.0, "idle": 5.0, "rest": 45.0}
+    times = bench_round.RoundTimes("m", 4, 64, 1024, 128, 5000.0, 4000.0, parts)
     assert times.tokens_per_s(10.0) == pytest.approx(2000.0)
     assert times.ratio == pytest.approx(1.25)
-    assert times.outside == pytest.approx(400.0)
+    assert times.outside == pytest.approx(55.0)
 
 
 @pytest.mark.parametrize(
@@ -198,5 +224,6 @@ def test_graphs(family: str, tmp_path: Path) -> None:
     arguments += ["--prefix", "20", "--branches", "3", "--replays", "4", "--json", str(written)]
     assert bench_round.main(arguments) == 0
     (measured,) = json.loads(written.read_text())["rounds"]
-    assert 0 not in (measured["round"], measured["products"], measured["model_pass"])
-    assert set(measured["parts"]) == {*round_parts.PARTS, "rest"}
+    assert 0 not in (measured["round"], measured["products"])
+    assert set(measured["parts"]) == {*round_parts.PARTS, *round_parts.OUTSIDE, "rest"}
+    assert all(measured["parts"][part] > 0 for part in round_parts.OUTSIDE)
