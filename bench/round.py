@@ -8,7 +8,8 @@ graph; the model's other parts are timed alone.
 
 Under torchrun the branches are spread over the ranks, one process a device, and each transport's
 round is measured beside that of one device:
-``torchrun --standalone --nproc-per-node 2 -m bench.round --branches 2 8``.
+``torchrun --standalone --nproc-per-node 2 -m bench.round --branches 2 8``. ``--tp 1 2`` does so
+with whole matrices on every rank, and with matrices that two ranks share.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ MODELS: dict[str, Callable[[], shapes.ModelConfig]] = {
 REPLAYS = 20
 
 #: of the JSON file; raised when a key changes its meaning or goes away
-SCHEMA = 3
+SCHEMA = 4
 
 #: what stands behind the times, by device
 METHOD = {
@@ -213,6 +214,10 @@ def parser() -> argparse.ArgumentParser:
         help="of several ranks; default: both on GPUs, collective on CPUs",
     )  # fmt: skip
     result.add_argument(
+        "--tp", type=int, nargs="+", default=[1], metavar="N",
+        help="of several ranks: how many share the matrices; the branches are spread over the rest",
+    )  # fmt: skip
+    result.add_argument(
         "--columns", type=int, metavar="U",
         help="of several ranks: committed columns at most, which size the collective's message; "
         "default: the window",
@@ -226,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser().error("--device cuda: PyTorch finds no CUDA device")
-    for name in ("branches", "window", "block", "replays"):
+    for name in ("branches", "window", "block", "replays", "tp"):
         values = getattr(options, name)
         if min(values if isinstance(values, list) else [values]) < 1:
             parser().error(f"--{name}: expected at least 1")
@@ -235,6 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.columns is not None and options.columns < options.block:
         parser().error(f"--columns: expected at least the block, {options.block}")
     with round_ranks.joined(options.device) as ranks:
+        if any(ranks.count % tp for tp in options.tp):
+            parser().error(f"--tp: expected divisors of the {ranks.count} ranks")
         return run(options, ranks)
 
 
@@ -247,6 +254,7 @@ def run(options: argparse.Namespace, ranks: round_ranks.Ranks) -> int:
     times: list[RoundTimes] = []
     spread: list[round_ranks.RankTimes] = []
     absent: set[str] = set()
+    layouts = round_ranks.Layouts(model, ranks, options.device)
     for sizes in itertools.product(options.branches, options.window, options.prefix):
         shape, alone = Shape(*sizes, options.block), None
         if first:
@@ -258,10 +266,11 @@ def run(options: argparse.Namespace, ranks: round_ranks.Ranks) -> int:
         if ranks.count == 1:
             continue
         ranks.meet()
-        for transport in transports:
+        for tp, transport in itertools.product(options.tp, transports):
+            share, groups = layouts[tp]
             measured = round_ranks.measure(
-                options.model, model, shape, ranks, transport, alone, options.columns,
-                options.replays,
+                options.model, share, shape, ranks, transport, alone, options.columns,
+                options.replays, groups.bp,
             )  # fmt: skip
             if measured is None:
                 absent.add(transport)

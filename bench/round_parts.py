@@ -109,8 +109,13 @@ def steady_state(runner: Runner, prefix: int) -> lk.LopaState:
     state.carry_prob.fill_(0.5)
     state.carry_score.fill_(-1)
     state.done.fill_(False)
+    # What a rank of a sharded model has is its share of the whole's.
+    model = runner.model
     for cache in (runner.cache.k, runner.cache.v):
-        cache.normal_(generator=generator)
+        for layer in cache:
+            sizes = *layer.shape[:2], layer.shape[2] * model.ranks, layer.shape[3]
+            whole = layer.new_empty(sizes).normal_(generator=generator)
+            layer.copy_(whole.chunk(model.ranks, 2)[model.rank])
     return state
 
 

@@ -1,14 +1,16 @@
 """A round whose branches are spread over ranks, for ``torchrun ... -m bench.round``.
 
-All ranks replay the same graphs in lockstep, and a time is the largest median of all ranks. The
-cost of the exchange is a difference of graphs that alternate: the round, and a rank's own work in
-it, with the statistics of all branches already there and its own window in the winner's place.
+With ``--tp`` several ranks divide the matrices, and have the same branches. All ranks replay the
+same graphs in lockstep, and a time is the largest median of all ranks. The cost of the exchange is
+a difference of graphs that alternate: the round, and a rank's own work in it, with the statistics
+of all branches already there and its own window in the winner's place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +39,8 @@ from bench.round_parts import (
 )
 from examples.dream.model import DiffusionLM
 from examples.dream.round import Runner
-from lopa_kernels.distributed import BranchParallel
+from examples.dream.tensor_parallel import ShardedLM
+from lopa_kernels.distributed import BranchParallel, Groups, make_groups
 
 TRANSPORTS = ("collective", "symmetric")
 
@@ -90,6 +93,26 @@ def joined(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+class Layouts:
+    """The ranks divided into TP x BP, and the model's share of this one; made once for each TP."""
+
+    def __init__(self, model: DiffusionLM, ranks: Ranks, device: str) -> None:
+        self._model, self._ranks, self._device = model, ranks, device
+        self._made: dict[int, tuple[DiffusionLM, Groups]] = {}
+
+    def __getitem__(self, tp: int) -> tuple[DiffusionLM, Groups]:
+        """All ranks call this together.
+
+        Raises:
+            ValueError: the ranks, or the model, do not divide.
+        """
+        if tp not in self._made:
+            groups = make_groups(tp, self._ranks.count // tp, self._device)
+            model = self._model if tp == 1 else ShardedLM(self._model, groups.tp)
+            self._made[tp] = model, groups
+        return self._made[tp]
+
+
 @dataclass(frozen=True)
 class Alone:
     """The round of one device: its microseconds, and what it gave."""
@@ -105,10 +128,10 @@ class RankTimes:
     Attributes:
         model, branches, window, prefix: the round's shape.
         head_rows: of a rank.
-        ranks, transport: how the branches are spread.
-        payload: bytes that the ranks exchange in a round. Statistics are 12 bytes a column, of all
-            places (collective) or all branches (symmetric); keys and values those of the buffer
-            that is summed (collective), or of the committed columns (symmetric).
+        ranks, tp, transport: how the branches are spread: over ranks / tp shares, each of tp ranks.
+        payload: bytes that a group of ranks exchanges in a round. Statistics are 12 bytes a
+            column, of all places (collective) or all branches (symmetric); keys and values those of
+            the buffer that is summed (collective), or of the committed columns (symmetric).
         round: the whole of it.
         one_device: the round of all branches on one device, in the same run.
         products: the matrix products of a rank alone.
@@ -132,6 +155,7 @@ class RankTimes:
     prefix: int
     head_rows: int
     ranks: int
+    tp: int
     transport: str
     payload: int
     round: float
@@ -234,10 +258,20 @@ def pieces(runner: Runner, state: lk.LopaState) -> dict[str, Callable[[], object
     }
 
 
+def _digest(tensors: Sequence[torch.Tensor]) -> str:
+    """Of their bits."""
+    made = hashlib.sha256()
+    for tensor in tensors:
+        made.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
+    return made.hexdigest()
+
+
 def check_ranks(
     runner: Runner, shape: Shape, ranks: Ranks, ready: dict[str, Callable[[], object]]
 ) -> lk.LopaStep:
     """The round repeats itself and leaves the same bits on all ranks; its pieces do what it does.
+
+    Of the keys and values, ranks that have the same share of the model have the same.
 
     Returns:
         LopaStep: what it gave.
@@ -248,12 +282,13 @@ def check_ranks(
     step = check(runner, shape.prefix, ready["round"])
     check_model_pass(runner, ready["model_pass"])
     written = outcome(runner, shape.prefix, ready["round"])
-    flat = torch.cat([tensor.contiguous().view(torch.uint8).flatten() for tensor in written]).cpu()
-    first = flat.clone()
-    dist.broadcast(first, group=ranks.host, group_src=0)
-    same = ranks.gather(flat.equal(first))
-    differ = [rank for rank, equal in enumerate(same) if not equal]
-    assert not differ, f"ranks {differ} have another state, step or K/V than rank 0"
+    digests = ranks.gather((_digest(written[:-2]), _digest(written[-2:])))
+    differ = [
+        rank
+        for rank, (state, kept) in enumerate(digests)
+        if state != digests[0][0] or kept != digests[rank % runner.model.ranks][1]
+    ]
+    assert not differ, f"ranks {differ} have another state, step or K/V than rank 0 or its share"
     check_equal(outcome(runner, shape.prefix, ready["step"]), written)
     for name in ("local", "local_step"):
         # The K/V that these commit need not be the winner's.
@@ -288,12 +323,15 @@ def measure(
     alone: Alone | None,
     columns: int | None = None,
     replays: int = 20,
+    group: dist.ProcessGroup | None = None,
 ) -> RankTimes | None:
     """Checks and times one shape of a round on all ranks, which call this together.
 
     Args:
+        model: the whole, or this rank's share of it.
         alone: the same round on one device, on rank 0.
         columns: of BranchParallel.
+        group: the ranks over which the branches are spread; None: all.
 
     Returns:
         the same on all ranks; None where this transport is not to be had.
@@ -304,6 +342,8 @@ def measure(
     """
     with BranchParallel(
         shape.config(model.config),
+        group,
+        watch=dist.group.WORLD,
         # A transport that is not to be had is then no error.
         transport="auto" if transport == "symmetric" else "collective",
         columns=columns,
@@ -326,7 +366,7 @@ def measure(
         assert head_rows is not None
         return RankTimes(
             model=name, branches=shape.branches, window=shape.window, prefix=shape.prefix,
-            head_rows=head_rows, ranks=ranks.count, transport=transport,
+            head_rows=head_rows, ranks=ranks.count, tp=model.ranks, transport=transport,
             payload=payload(runner, shape, columns), one_device=measured[0][2],
             agrees=measured[0][1], **largest,
         )  # fmt: skip
@@ -343,16 +383,16 @@ def header(ranks: Ranks, device: str, absent: set[str]) -> dict[str, str]:
 
 def table(times: Sequence[RankTimes]) -> str:
     headers = [
-        "model", "ranks", "transport", "K", "W", "P", "round, ms", "one device, ms",
+        "model", "TP x BP", "transport", "K", "W", "P", "round, ms", "one device, ms",
         "one device / round", "products of a rank, ms", "round / products",
         "exchange + commit, us", "the same alone, us", "bytes exchanged", "winner as on one device",
     ]  # fmt: skip
     rows = [
         [
-            t.model, t.ranks, t.transport, t.branches, t.window, t.prefix, f"{t.round / 1e3:.2f}",
-            f"{t.one_device / 1e3:.2f}", f"{t.speedup:.2f}x", f"{t.products / 1e3:.2f}",
-            f"{t.ratio:.2f}x", f"{t.exchange:.0f}", f"{t.exchange_alone:.0f}", t.payload,
-            "yes" if t.agrees else "no",
+            t.model, f"{t.tp} x {t.ranks // t.tp}", t.transport, t.branches, t.window, t.prefix,
+            f"{t.round / 1e3:.2f}", f"{t.one_device / 1e3:.2f}", f"{t.speedup:.2f}x",
+            f"{t.products / 1e3:.2f}", f"{t.ratio:.2f}x", f"{t.exchange:.0f}",
+            f"{t.exchange_alone:.0f}", t.payload, "yes" if t.agrees else "no",
         ]
         for t in times
     ]  # fmt: skip
@@ -362,7 +402,8 @@ def table(times: Sequence[RankTimes]) -> str:
 def plot(path: Path, times: Sequence[RankTimes]) -> None:
     """A bar a shape and transport, by what it is spent on, beside the round of one device."""
     labels = [
-        f"{t.model}, K {t.branches}, W {t.window}, P {t.prefix}\n{t.ranks} ranks, {t.transport}"
+        f"{t.model}, K {t.branches}, W {t.window}, P {t.prefix}\n"
+        f"TP {t.tp} x BP {t.ranks // t.tp}, {t.transport}"
         for t in times
     ]
     shares = {

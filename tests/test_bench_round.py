@@ -205,6 +205,7 @@ def test_projection() -> None:
         (["--window", "12"], "--window: expected multiples of 8"),
         (["--branches", "0"], "--branches: expected at least 1"),
         (["--replays", "0"], "--replays: expected at least 1"),
+        (["--tp", "2"], "--tp: expected divisors of the 1 ranks"),
         (["--columns", "7"], "--columns: expected at least the block, 8"),
     ],
 )

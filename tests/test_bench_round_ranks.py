@@ -43,7 +43,7 @@ def known_medians(rank: int) -> Callable[..., dict[str, float]]:
 
     def medians(clock: Clock, calls: dict[str, Any]) -> dict[str, float]:
         for call in calls.values():
-            clock._burst(call)
+            clock._burst(call, clock.replays)
         return {name: 100.0 * n + rank * n for n, name in enumerate(calls, 1)}
 
     return medians
@@ -149,7 +149,7 @@ def idle(piece: str) -> Callable[..., Any]:
     return fault
 
 
-DIFFER = r"ranks \[1\] have another state, step or K/V than rank 0"
+DIFFER = r"ranks \[1\] have another state, step or K/V than rank 0 or its share"
 FAULTS: tuple[tuple[Any, str, Callable[..., Any], str], ...] = (
     (BranchParallel, "exchange", other_token, DIFFER),
     (BranchParallel, "exchange", other_score_alone, "not equal"),
@@ -202,10 +202,10 @@ def test_another_commit_than_on_one_device_is_seen() -> None:
             round_ranks.check_alone(wrong, step)
 
 
-def launched(device: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launched(device: str, *arguments: str, ranks: int = RANKS) -> subprocess.CompletedProcess[str]:
     """The program under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(RANKS), "-m", "bench.round", "--device", device]
+    command += ["--nproc-per-node", str(ranks), "-m", "bench.round", "--device", device]
     command += ["--model", "small-llada", "--block", "8", "--window", "24", "--prefix", "20"]
     root = Path(__file__).parents[1]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
@@ -235,6 +235,20 @@ def test_program_end_to_end(tmp_path: Path) -> None:
     assert f"{spread['speedup']:.2f}x" in done.stdout
     assert f" {spread['exchange']:.0f} " in done.stdout
     assert f" {spread['payload']} " in done.stdout
+
+
+def test_matrices_on_several_ranks(tmp_path: Path) -> None:
+    written, drawn = tmp_path / "out.json", tmp_path / "out.png"
+    arguments = ["--branches", "3", "--replays", "1", "--tp", "2", "1"]
+    arguments += ["--json", str(written), "--plot", str(drawn), "--model", "small-dream"]
+    done = launched("cpu", *arguments, ranks=4)
+    assert done.returncode == 0, done.stderr
+    assert drawn.stat().st_size > 1000
+    spread = json.loads(written.read_text())["ranks"]
+    assert [(t["tp"], t["ranks"], t["head_rows"]) for t in spread] == [(2, 4, 34), (1, 4, 17)]
+    assert all(t["agrees"] for t in spread)
+    assert "| 2 x 2 " in done.stdout
+    assert "| 1 x 4 " in done.stdout
 
 
 def test_a_rank_that_fails_ends_all(tmp_path: Path) -> None:

@@ -88,7 +88,12 @@ class DiffusionLM(nn.Module):
     Args:
         config: the model's shape.
         device, dtype: of the weights and of the residual stream.
+
+    Attributes:
+        ranks, rank: of those that hold a share of every matrix each, see `tensor_parallel`.
     """
+
+    ranks, rank = 1, 0
 
     def __init__(
         self,
@@ -109,6 +114,14 @@ class DiffusionLM(nn.Module):
     def weights(self, number: int) -> Layer:
         """Of one layer."""
         return cast(Layer, self.layers[number])
+
+    def summed(self, product: Tensor) -> Tensor:
+        """The sum over the ranks of what each has of a product."""
+        return product
+
+    def gathered(self, logits: Tensor) -> Tensor:
+        """All columns of the logits, of which each rank has its own."""
+        return logits
 
     def layer(
         self,
@@ -166,9 +179,10 @@ class DiffusionLM(nn.Module):
             prompt_len=state.prompt_len,
         )
         assert isinstance(attended, Tensor)
-        delta = F.linear(attended.reshape(-1, c.heads * c.head_dim), weights.o)
+        delta = self.summed(F.linear(attended.reshape(-1, c.heads * c.head_dim), weights.o))
         residual, normed = add_rms_norm(residual, delta, weights.mlp_norm, c.norm_eps)
-        return residual, F.linear(swiglu(F.linear(normed, weights.gate_up)), weights.down)
+        delta = F.linear(swiglu(F.linear(normed, weights.gate_up)), weights.down)
+        return residual, self.summed(delta)
 
     def hidden(
         self,
@@ -207,7 +221,7 @@ class DiffusionLM(nn.Module):
     def logits(self, residual: Tensor, delta: Tensor, index: Tensor | None = None) -> Tensor:
         """[R, V] of the rows `index` (int64 [R]) of the last layer's output; None: of all."""
         _, normed = add_rms_norm(residual, delta, self.norm, self.config.norm_eps, index)
-        return F.linear(normed, self.head)
+        return self.gathered(F.linear(normed, self.head))
 
 
 @torch.no_grad()

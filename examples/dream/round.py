@@ -99,7 +99,7 @@ class Runner:
     """Decodes batches of up to `capacity` positions; its buffers and graphs outlive a decode.
 
     Args:
-        model: its device and dtype are the runner's.
+        model: its device and dtype are the runner's; of a sharded one all ranks have a runner.
         config: `branches` and `window` are K and W of the rounds; `shift` is the model's.
         batch: B.
         capacity: S, positions of a sequence, prompt and generated ones.
@@ -154,6 +154,8 @@ class Runner:
             raise ValueError("Runner: parallel: expected one of the same config")
         if parallel is not None and (config.temperature > 0 or compile):
             raise ValueError("Runner: parallel: expected temperature 0 and no compile")
+        if model.ranks > 1 and compile:
+            raise ValueError("Runner: compile: expected a model that is not sharded")
         self.device = model.embed.device
         if capture is None:
             capture = self.device.type == "cuda"
