@@ -20,12 +20,6 @@ struct alignas(16) RowStatistics {
 // Of the rows that have no part in the mean of the entropies.
 constexpr float kNoEntropy = -1.0f;
 
-// The two weights of a row's gradient: of the cross entropy and of the entropy.
-struct Weights {
-  float cross_entropy;
-  float entropy;
-};
-
 // At this temperature exp(x / temperature) is the square of exp(x), and one exponential does.
 constexpr double kSquareTemperature = 0.5;
 

@@ -14,6 +14,7 @@ from lopa_kernels._checks import (
     check_dtype,
     check_shape,
     check_unit_stride,
+    shares_memory,
 )
 from lopa_kernels._dispatch import implementation, native
 from lopa_kernels._interop import accepts_dlpack
@@ -55,18 +56,6 @@ def check_rows(
         check_dtype(op, name, tensor, dtype)
         check_device(op, name, tensor, device)
         check_shape(op, name, tensor, shape)
-
-
-def _shares_memory(tensor: torch.Tensor) -> bool:
-    extent = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 0:
-            return False
-        if size > 1:
-            if stride < extent:
-                return True
-            extent = stride * size
-    return False
 
 
 @accepts_dlpack
@@ -129,7 +118,7 @@ def certainty_forcing_loss(
     check_unit_stride(OP, "logits", logits)
     check_rows(OP, labels, masked, logits.shape[:-1], logits.device)
     check_options(OP, temperature, beta)
-    if inplace_backward and _shares_memory(logits):
+    if inplace_backward and shares_memory(logits):
         raise ValueError(
             f"{OP}: logits: expected elements that share no memory, since inplace_backward, "
             f"got strides {list(logits.stride())}"
