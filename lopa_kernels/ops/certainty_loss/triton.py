@@ -179,7 +179,7 @@ def _row_kernel(
         weighted = tl.load(weighted_sums + at, mask=live, other=0.0)
         place = tl.load(places + at, mask=live, other=MAX_PLACE)
         largest = tl.max(tile_largest)
-        distance = tl.maximum(tile_largest, -_FLT_MAX) - largest
+        distance = tile_largest - largest
         plain = tl.sum(tl.exp2(_floored(distance * _LOG2E)) * plain)
         shift = _floored(distance * scale)
         factor = tl.exp2(shift)
