@@ -45,6 +45,8 @@ _FLOAT32 = torch.finfo(torch.float32)
 # Programs a multiprocessor: as many as run at a time, times some waves, so that they even out.
 _TILE_PROGRAMS = 80
 _ROW_PROGRAMS = 16
+# Nothing is summed up there: 16 elements a thread keep everything in registers.
+_GRADIENT_WARPS = 4
 
 
 @triton.jit
@@ -480,7 +482,7 @@ def _run_backward(
             -beta / temperature,
             SQUARE=temperature == _SQUARE_TEMPERATURE,
             DEPENDENT=properties.dependent,
-            num_warps=1,
+            num_warps=_GRADIENT_WARPS,
             **({"launch_pdl": True} if properties.dependent else {}),
         )
 
