@@ -73,7 +73,7 @@ def both_passes(
 def oracle(
     logits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, gradient, terms) in float64, some rows at a time; the gradient in the logits' dtype."""
+    """(loss, gradient in the dtype of the logits, terms) by float64, some rows at a time."""
     parts = [tensor.split(ORACLE_ROWS) for tensor in (logits, labels, masked)]
     forward = [
         reference.forward(x.double(), y, m, temperature, BETA)
@@ -266,9 +266,7 @@ def _liger_linear(
     return _liger("LigerFusedLinearCrossEntropyLoss")(weight, hidden, labels)
 
 
-def linear_case(
-    rows: int, hidden_size: int, vocab: int, dtype: torch.dtype, device: str
-) -> Case:
+def linear_case(rows: int, hidden_size: int, vocab: int, dtype: torch.dtype, device: str) -> Case:
     """From hidden states: by chunks, through all logits, and Liger's fused cross entropy."""
 
     def make(buffers: int) -> list[tuple[torch.Tensor, ...]]:

@@ -132,7 +132,7 @@ def test_logits_are_never_made_at_once(target: Target) -> None:
     seen: list[tuple[int, ...]] = []
 
     class Shapes(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # noqa: ANN204
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
             result = func(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor) and result.dim() == 2:
                 seen.append(tuple(result.shape))

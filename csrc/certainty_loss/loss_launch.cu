@@ -1,10 +1,9 @@
 // Grids and instantiations of the loss's kernels.
-#include "certainty_loss/loss_launch.h"
-
 #include <algorithm>
 
 #include "certainty_loss/gradient_kernel.cuh"
 #include "certainty_loss/loss_kernel.cuh"
+#include "certainty_loss/loss_launch.h"
 #include "confidence/pass_launch.h"
 #include "lopa/cuda.h"
 

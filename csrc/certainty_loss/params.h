@@ -11,10 +11,10 @@ namespace certainty_loss {
 
 // With m the largest logit of the row, in fp32; NaN throughout for a row that makes the loss NaN.
 struct alignas(16) RowStatistics {
-  float max;           // m
-  float log_sum;       // log sum exp(x - m)
-  float tempered;      // log sum exp((x - m) / temperature)
-  float entropy;       // of softmax(x / temperature); negative: the row has no part in that mean
+  float max;       // m
+  float log_sum;   // log sum exp(x - m)
+  float tempered;  // log sum exp((x - m) / temperature)
+  float entropy;   // of softmax(x / temperature); negative: the row has no part in that mean
 };
 
 // Of the rows that have no part in the mean of the entropies.

@@ -17,7 +17,7 @@ using confidence::Vector;
 
 struct TileSums {
   float max;
-  float plain;  // of 2^((x - max) log2(e))
+  float plain;               // of 2^((x - max) log2(e))
   float tempered, weighted;  // of v = 2^t and v * t, t = (x - max) * scale
   uint32_t flags;
 };

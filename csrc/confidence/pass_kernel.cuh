@@ -225,8 +225,7 @@ constexpr size_t kStageBytes =
 // fewer than the warps. `prepare` runs once memory of other kernels may be read.
 template <typename T, typename Prepare, typename Visit>
 __device__ __forceinline__ void for_each_tile(const VocabularyArgs& args, int stages,
-                                              unsigned char* memory, Prepare prepare,
-                                              Visit visit) {
+                                              unsigned char* memory, Prepare prepare, Visit visit) {
   const int lane = threadIdx.x % 32;
   const uint32_t warp = threadIdx.x / 32, warps = blockDim.x / 32;
   // Kept in a register: the compiler would find it anew, from the CTA's place in the cluster.
@@ -317,9 +316,9 @@ __global__ void __maxnreg__(kPassRegisters<T>)
   for_each_tile<T>(
       args, stages, memory, [] {},
       [&](const Item<T>& item, int n, const uint4* raw, int lane) {
-        tile_statistics<T, kSecond, kWeighted>(
-            raw, item.number * kTile, n, args.scale, lane, best.of(item),
-            &args.partials[item.partial], kSecond ? &args.second[item.partial] : nullptr);
+        tile_statistics<T, kSecond, kWeighted>(raw, item.number * kTile, n, args.scale, lane,
+                                               best.of(item), &args.partials[item.partial],
+                                               kSecond ? &args.second[item.partial] : nullptr);
       });
 }
 

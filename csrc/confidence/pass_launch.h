@@ -22,7 +22,8 @@ inline size_t shared_memory_limit() {
 }
 
 // A tile a warp, and as many on their way; two where the list is so short that nothing else is in
-// flight. Fewer where memory ends. `own` is the kernel's first argument, the ring's stages the last.
+// flight. Fewer where memory ends. `own` is the kernel's first argument, the ring's stages the
+// last.
 template <typename T, auto kernel, typename Arguments>
 void launch_over_tiles(const char* name, const VocabularyArgs& args, cudaStream_t stream,
                        const Arguments& own) {

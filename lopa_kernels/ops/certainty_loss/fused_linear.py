@@ -110,7 +110,7 @@ def fused_linear_certainty_forcing_loss(
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
@@ -149,7 +149,7 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: object) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: object) -> tuple[Any, ...]:
         hidden, weight, labels, counts, *saved = ctx.saved_tensors
         stats, orders = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         need_hidden, need_weight = ctx.needs_input_grad[:2]

@@ -139,7 +139,7 @@ class _Reference(torch.autograd.Function):
     """The two passes as one differentiable function."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         logits: torch.Tensor,
         labels: torch.Tensor,
         masked: torch.Tensor,
@@ -157,7 +157,7 @@ class _Reference(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: object) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: object) -> tuple[Any, ...]:
         logits, *saved = ctx.saved_tensors
         grad = gradient(grad_loss, logits, *saved, *ctx.options)
         if ctx.inplace:

@@ -199,9 +199,7 @@ class _Outputs(NamedTuple):
     flags: torch.Tensor | None = None
 
 
-def layout(
-    shape: torch.Size | tuple[int, ...], *strides: tuple[int, ...]
-) -> list[tuple[int, ...]]:
+def layout(shape: torch.Size | tuple[int, ...], *strides: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Sizes (the outermost is not needed) and strides of tensors of one shape, innermost first.
 
     Dimensions of one element are left out, and neighbours merged that lie together in every tensor.
