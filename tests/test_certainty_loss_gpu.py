@@ -193,10 +193,10 @@ def test_memory_of_the_chunked_form(target: Target, plain_memory: None) -> None:
         torch.autograd.grad(loss, (hidden, weight))
 
     call()
-    chunk_bytes = chunk * LLADA * 2
-    parameters = 2 * weight.nbytes + 2 * weight.nbytes + 2 * weight.nbytes + 2 * hidden.nbytes
-    assert peak_bytes(call) < 2 * chunk_bytes + parameters
-    assert peak_bytes(call) < rows * LLADA * 2
+    # A chunk's gradient of the weight in bf16, and the sum in fp32.
+    most = chunk * LLADA * 2 + 3 * weight.nbytes + 2 * hidden.nbytes
+    assert peak_bytes(call) < 1.1 * most
+    assert most < rows * LLADA * 2
 
 
 @pytest.mark.big

@@ -89,17 +89,17 @@ def test_sums_of_chunks_are_kept_in_fp32() -> None:
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("chunk_rows", [2, 11])
+@pytest.mark.parametrize("chunk_rows", [2, 5])
 def test_gradcheck_in_float64(chunk_rows: int) -> None:
-    hidden, weight, labels, masked = inputs(torch.float64, vocab=9)
-    labels = labels % 9
+    hidden, weight, labels, masked = inputs(torch.float64, vocab=7)
+    labels, masked = labels[:5], masked[:5]
 
     def loss(*leaves: torch.Tensor) -> Any:
         return lk.fused_linear_certainty_forcing_loss(
             *leaves, labels, masked, chunk_rows=chunk_rows, backend="reference"
         )
 
-    leaves = (hidden[:, :4].clone().requires_grad_(), weight[:, :4].clone().requires_grad_())
+    leaves = (hidden[:5, :4].clone().requires_grad_(), weight[:, :4].clone().requires_grad_())
     assert torch.autograd.gradcheck(loss, leaves)
 
 
@@ -138,8 +138,9 @@ def test_logits_are_never_made_at_once(target: Target) -> None:
                 seen.append(tuple(result.shape))
             return result
 
+    made = inputs()
     with Shapes():
-        run(target, inputs(), chunk_rows=3)
+        run(target, made, chunk_rows=3)
     assert (3, VOCAB) in seen
     assert (ROWS, VOCAB) not in seen
 

@@ -139,6 +139,8 @@ class _FusedLinear(torch.autograd.Function):
             counts = counts + chunk_counts
             stats.append(chunk_stats)
             orders.append(order)
+            # Before the next chunk is made.
+            del logits
         means = totals / counts.clamp(min=1)
         ctx.temperature, ctx.beta = temperature, beta
         ctx.chunk_rows, ctx.accumulate_dtype, ctx.backend = chunk_rows, accumulate_dtype, backend
@@ -174,9 +176,12 @@ class _FusedLinear(torch.autograd.Function):
                 grads_hidden.append(logits @ weight)
             if need_weight:
                 part = logits.t() @ hidden[rows]
-                if len(stats) > 1:
-                    part = part.to(ctx.accumulate_dtype)
-                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+                if grad_weight is not None:
+                    grad_weight.add_(part)
+                else:
+                    grad_weight = part.to(ctx.accumulate_dtype) if len(stats) > 1 else part
+                del part
+            del logits
         grad_hidden = None
         if need_hidden:
             grad_hidden = torch.cat(grads_hidden) if grads_hidden else torch.zeros_like(hidden)
