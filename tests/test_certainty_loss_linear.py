@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import close
+from cases import close, skip_where_slow
 from targets import KERNELS, TARGETS, Target, over
 
 import lopa_kernels as lk
@@ -55,6 +55,7 @@ def through_logits(
 @pytest.mark.parametrize("chunk_rows", [1, 3, 4, ROWS, 100, None])
 def test_equals_the_loss_of_the_logits(chunk_rows: int | None, target: Target) -> None:
     """Whatever the chunks: the means are over all rows."""
+    skip_where_slow(target, chunk_rows not in (4, None))
     expected = through_logits(target, inputs(), temperature=0.5, beta=1.5)
     got = run(target, inputs(), temperature=0.5, beta=1.5, chunk_rows=chunk_rows)
     for ours, theirs in zip(got, expected, strict=True):

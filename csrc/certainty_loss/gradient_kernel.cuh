@@ -19,6 +19,10 @@ using confidence::kVectors;
 using confidence::kWholeWarp;
 using confidence::Vector;
 
+// Of a thread: one CTA a multiprocessor, and nothing beside it.
+template <typename T>
+constexpr int kRegisters = sizeof(T) == 4 ? 255 : 65536 / confidence::kPassThreads<T>;
+
 // So small that ex2.approx.ftz gives 0, and finite.
 constexpr float kLeastExponent = -200.0f;
 
@@ -232,7 +236,7 @@ __device__ __forceinline__ void clear_rows(const GradientArgs& args) {
 }
 
 template <typename T, bool kSquare>
-__global__ void __maxnreg__(confidence::kPassRegisters<T>)
+__global__ void __maxnreg__(kRegisters<T>)
     gradient_kernel(const __grid_constant__ GradientArgs args, int stages) {
   extern __shared__ __align__(128) unsigned char memory[];
   Weights weights{};

@@ -284,20 +284,30 @@ def _gradient_kernel(
         position = item // tiles
         row = tl.load(order + 1 + position)
         begin = item % tiles * TILE
+        # Without a mask, which would keep the accesses from being wide, but at the end of a row.
+        whole = begin + TILE <= vocab
         live = begin + lane < vocab
         valid = (row >= 0) & (row < rows)
         target = out + (offset_of(row, out_sizes, out_strides) + begin)
         if valid & (position >= listed):
-            tl.store(target + lane, tl.zeros([TILE], out.dtype.element_ty), mask=live)
+            zeros = tl.zeros([TILE], out.dtype.element_ty)
+            if whole:
+                tl.store(target + lane, zeros)
+            else:
+                tl.store(target + lane, zeros, mask=live)
         if valid & (position < listed):
             source = logits + (offset_of(row, sizes, strides) + begin)
-            x = tl.load(source + lane, mask=live, other=-float("inf")).to(tl.float32)
+            if whole:
+                x = tl.load(source + lane).to(tl.float32)
+            else:
+                x = tl.load(source + lane, mask=live, other=-float("inf")).to(tl.float32)
             fields = stats + row.to(tl.int64) * 4
             largest = tl.load(fields)
             log_sum = tl.load(fields + 1) * _LOG2E
             tempered = tl.load(fields + 2) * _LOG2E
             entropy = tl.load(fields + 3)
             label = tl.load(labels + row) - begin
+            label = tl.where((label >= 0) & (label < TILE), label, -1).to(tl.int32)
             distance = x - largest
             s = _floored(distance * _LOG2E - log_sum)
             p = tl.exp2(s)
@@ -310,7 +320,11 @@ def _gradient_kernel(
                     t = _floored(distance * scale - tempered)
                     v = tl.exp2(t)
                 result += v * (tilt * (t * _LN2 + entropy))
-            tl.store(target + lane, result.to(out.dtype.element_ty), mask=live)
+            rounded = result.to(out.dtype.element_ty)
+            if whole:
+                tl.store(target + lane, rounded)
+            else:
+                tl.store(target + lane, rounded, mask=live)
 
 
 def _scale(temperature: float) -> float:
