@@ -28,7 +28,6 @@ from lopa_kernels.ops.confidence.triton import device_of, layout, pairwise_sum
 from lopa_kernels.ops.confidence.triton_merge import TILE, offset_of
 
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 _FLT_MAX = tl.constexpr(3.4028234663852886e38)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -192,17 +191,19 @@ def _row_kernel(
         # A label outside the vocabulary, which the host cannot refuse, is as bad as a NaN.
         known = (label >= 0) & (label < vocab)
         good = known & (plain > 0) & (plain < _INF)
-        log_sum = tl.where(good, tl.log(plain), _NAN)
-        log_tempered = tl.where(good, tl.log(tempered), _NAN)
+        # Not a global: no NaN equals itself, and Triton compares globals.
+        nan = float("nan")
+        log_sum = tl.where(good, tl.log(plain), nan)
+        log_tempered = tl.where(good, tl.log(tempered), nan)
         entropy = tl.maximum(log_tempered - weighted / tempered * _LN2, 0.0)
         entropy = tl.where(argmax == label, entropy, _NO_ENTROPY)
         source = logits + offset_of(row, sizes, strides)
         value = tl.load(source + label, mask=known, other=0.0).to(tl.float32)
         out = stats + row.to(tl.int64) * 4
-        tl.store(out, tl.where(good, largest, _NAN))
+        tl.store(out, tl.where(good, largest, nan))
         tl.store(out + 1, log_sum)
         tl.store(out + 2, log_tempered)
-        tl.store(out + 3, tl.where(good, entropy, _NAN))
+        tl.store(out + 3, tl.where(good, entropy, nan))
         tl.store(cross_entropies + position, log_sum - (value - largest))
 
 
