@@ -7,7 +7,7 @@ import importlib
 from bench.case import Case
 
 #: the rooms with a file of cases each
-ROOMS = ("confidence", "branch_attention", "kv_cache", "step")
+ROOMS = ("confidence", "branch_attention", "kv_cache", "step", "certainty_loss")
 
 
 def all_cases(device: str = "cpu") -> list[Case]:

@@ -122,4 +122,16 @@ STABLE_TORCH_LIBRARY(lopa, m) {
   define(m,
          "kv_commit_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k_window, Tensor v_window, "
          "Tensor winner, Tensor cache_len, Tensor commit_len, Tensor(c!)? status=None) -> ()");
+
+  define(m,
+         "certainty_forcing_loss(Tensor logits, Tensor labels, Tensor masked, "
+         "float temperature=0.5, float beta=2.0, bool inplace_backward=False) -> "
+         "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  const std::string saved =
+      "Tensor labels, Tensor stats, Tensor order, Tensor counts, float temperature=0.5, "
+      "float beta=2.0";
+  define(m, "certainty_forcing_loss_backward(Tensor grad_loss, Tensor logits, " + saved +
+                ") -> Tensor");
+  define(m, "certainty_forcing_loss_backward_(Tensor grad_loss, Tensor(a!) logits, " + saved +
+                ") -> ()");
 }

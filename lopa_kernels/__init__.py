@@ -19,6 +19,8 @@ if TYPE_CHECKING or "lopa_cpu" not in _load.missing:
         spawn_branches,
     )
     from lopa_kernels.ops.branch_attention import branch_attention
+    from lopa_kernels.ops.certainty_loss import certainty_forcing_loss
+    from lopa_kernels.ops.certainty_loss.fused_linear import fused_linear_certainty_forcing_loss
     from lopa_kernels.ops.confidence import (
         SoftmaxStats,
         TokenConfidence,
@@ -63,7 +65,9 @@ __all__ = [
     "branch_confidence",
     "branch_step",
     "branch_step_out",
+    "certainty_forcing_loss",
     "empty_step",
+    "fused_linear_certainty_forcing_loss",
     "get_backend",
     "initial_state",
     "kv_commit_",

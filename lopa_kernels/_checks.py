@@ -52,3 +52,14 @@ def check_unit_stride(op: str, name: str, tensor: torch.Tensor) -> None:
 def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{op}: {name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def shares_memory(tensor: torch.Tensor) -> bool:
+    """Whether two elements may be one: what must not be written."""
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return tensor.numel() > 0
+            extent = stride * size
+    return False

@@ -24,7 +24,7 @@ _AUTO_BY_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton"
 _LIBRARIES = {"cpu": "lopa_cpu", "cuda": "lopa_cuda"}
 
 #: the rooms with a triton.py
-_TRITON_ROOMS = ("confidence", "branch", "step", "kv_cache", "branch_attention")
+_TRITON_ROOMS = ("confidence", "branch", "step", "kv_cache", "branch_attention", "certainty_loss")
 
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {name: {} for name in BACKENDS}
 

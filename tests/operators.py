@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import lopa_kernels as lk
 from lopa_kernels import LopaConfig, LopaStep, TokenConfidence
+from lopa_kernels.ops.certainty_loss import gradient as loss_gradient
 
 #: two vocabulary tiles, the second one short
 VOCAB = 2100
@@ -232,9 +233,39 @@ def attention_calls(seed: int = 0) -> dict[str, Call]:
     return {name: made.copied() for name, made in calls.items()}
 
 
+def loss_calls(seed: int = 0) -> dict[str, Call]:
+    """The same of the certainty-forcing loss, and of its backward pass alone."""
+    g = torch.Generator().manual_seed(seed)
+    logits = _logits(g, 2, 3, VOCAB)
+    labels = logits.argmax(-1)
+    labels[0] = torch.randint(0, VOCAB, (3,), generator=g)
+    masked = torch.tensor([[True, True, False], [True, False, True]])
+    wide = _logits(g, 6, VOCAB + 5)[:, :VOCAB]
+    rows = (wide, labels.flatten(), masked.flatten())
+    options = {"temperature": 0.7, "beta": 1.3}
+    grad_loss = torch.tensor(3.0)
+    saved = torch.ops.lopa.certainty_forcing_loss(logits, labels, masked)[2:]
+    other = torch.ops.lopa.certainty_forcing_loss(*rows, **options)[2:]
+    calls = {
+        "certainty_forcing_loss": Call(
+            lk.certainty_forcing_loss, (logits, labels, masked), {"return_terms": True}
+        ),
+        "certainty_forcing_loss tempered": Call(
+            lk.certainty_forcing_loss, rows, {**options, "inplace_backward": True}
+        ),
+        "certainty_forcing_loss backward": Call(
+            loss_gradient, (grad_loss, logits, labels, *saved), {}
+        ),
+        "certainty_forcing_loss backward in place": Call(
+            loss_gradient, (grad_loss, *rows[:2], *other), {**options, "inplace": True}
+        ),
+    }
+    return {name: made.copied() for name, made in calls.items()}
+
+
 def all_calls(seed: int = 0) -> dict[str, Call]:
     """The calls of every operator."""
-    return public_calls(seed) | attention_calls(seed)
+    return public_calls(seed) | attention_calls(seed) | loss_calls(seed)
 
 
 class OpCall(NamedTuple):

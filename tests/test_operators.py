@@ -77,6 +77,8 @@ FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "one dimension less": lambda t: t.flatten(0, 1) if t.dim() > 1 else t[0],
     "strides": lambda t: torch.stack([t, t], -1)[..., 0],
 }
+#: those that a tensor of no dimensions cannot have
+NEED_DIMENSIONS = {"one less", "one dimension less"}
 OPTIONS: dict[type, tuple[Any, ...]] = {
     int: (-1, 0),
     float: (float("nan"), -0.5, 1.5),
@@ -91,7 +93,11 @@ def faulty(call: OpCall) -> list[tuple[str, OpCall]]:
     for index, leaf in enumerate(leaves):
         values = [(str(value), value) for value in OPTIONS.get(type(leaf), ())]
         if isinstance(leaf, torch.Tensor):
-            values = [(name, fault(leaf)) for name, fault in FAULTS.items()]
+            values = [
+                (name, fault(leaf))
+                for name, fault in FAULTS.items()
+                if leaf.dim() > 0 or name not in NEED_DIMENSIONS
+            ]
         for name, value in values:
             args, kwargs = tree_unflatten([*leaves[:index], value, *leaves[index + 1 :]], spec)
             made.append((f"argument {index}, {name}", OpCall(call.name, args, kwargs)))

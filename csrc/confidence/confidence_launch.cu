@@ -3,6 +3,7 @@
 
 #include "confidence/confidence_launch.h"
 #include "confidence/merge_policies.h"
+#include "confidence/pass_launch.h"
 #include "lopa/cuda.h"
 
 namespace lopa {
@@ -24,35 +25,10 @@ __global__ void __launch_bounds__(Merge::kThreads, kMergeCtas<Merge>)
                     reinterpret_cast<char*>(shared));
 }
 
-size_t shared_memory_limit() {
-  static int limits[kMaxDevices] = {};
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  int& limit = limits[device % kMaxDevices];
-  if (limit == 0) {
-    check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-               "cudaDeviceGetAttribute");
-  }
-  return static_cast<size_t>(limit);
-}
-
-// A tile a warp, and as many on their way; two where the list is so short that nothing else is in
-// flight. Fewer where memory ends.
 template <typename T, bool kSecond, bool kWeighted>
 void launch_pass(const VocabularyArgs& args, cudaStream_t stream) {
-  const auto shared_bytes = [](int stages) { return stages * kStageBytes<T> + sizeof(uint32_t); };
-  const int64_t items = args.capacity * args.tiles;
-  const int64_t ctas = std::min<int64_t>(multiprocessors(), std::max<int64_t>(1, items));
-  int warps = kPassThreads<T> / 32;
-  int stages = items <= 2 * warps * ctas ? 2 * warps : warps;
-  while (stages > 1 && shared_bytes(stages) > shared_memory_limit()) stages /= 2;
-  warps = std::min(warps, stages);
-  const size_t shared = shared_bytes(stages);
-  constexpr auto kernel = vocabulary_pass_kernel<T, kSecond, kWeighted>;
-  allow_shared_memory<kernel>(
-      std::min(shared_bytes(2 * kPassThreads<T> / 32), shared_memory_limit()));
-  launch("vocabulary_pass", kernel, dim3(static_cast<unsigned>(ctas)), dim3(warps * 32), shared,
-         stream, true, args, stages);
+  launch_over_tiles<T, vocabulary_pass_kernel<T, kSecond, kWeighted>>("vocabulary_pass", args,
+                                                                      stream, args);
 }
 
 template <typename T>

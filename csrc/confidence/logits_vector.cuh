@@ -52,6 +52,7 @@ struct Vector;
 template <>
 struct Vector<__nv_bfloat16> {
   static constexpr int kElements = 8;
+  static constexpr bool kIsHalf = false;
   using Packed = __nv_bfloat162;
 
   __device__ static void unpack(uint32_t word, float* x) {
@@ -69,6 +70,7 @@ struct Vector<__nv_bfloat16> {
 template <>
 struct Vector<__half> {
   static constexpr int kElements = 8;
+  static constexpr bool kIsHalf = true;
   using Packed = __half2;
 
   __device__ static void unpack(uint32_t word, float* x) {

@@ -220,11 +220,12 @@ template <typename T>
 constexpr size_t kStageBytes =
     kTile * sizeof(T) + sizeof(Item<T>) + sizeof(uint64_t) + sizeof(uint32_t);
 
-// `stages` is a power of two, and no fewer than the warps.
-template <typename T, bool kSecond, bool kWeighted>
-__global__ void __maxnreg__(kPassRegisters<T>)
-    vocabulary_pass_kernel(const __grid_constant__ VocabularyArgs args, int stages) {
-  extern __shared__ __align__(128) unsigned char memory[];
+// Runs visit(item, n, raw, lane) for every tile of the CTA's share: by one warp, with the tile's n
+// elements in its registers. `memory` is dynamic shared memory; `stages` is a power of two, and no
+// fewer than the warps. `prepare` runs once memory of other kernels may be read.
+template <typename T, typename Prepare, typename Visit>
+__device__ __forceinline__ void for_each_tile(const VocabularyArgs& args, int stages,
+                                              unsigned char* memory, Prepare prepare, Visit visit) {
   const int lane = threadIdx.x % 32;
   const uint32_t warp = threadIdx.x / 32, warps = blockDim.x / 32;
   // Kept in a register: the compiler would find it anew, from the CTA's place in the cluster.
@@ -245,14 +246,13 @@ __global__ void __maxnreg__(kPassRegisters<T>)
   if (threadIdx.x == 0) *taken = warps;
   __syncthreads();
   wait_for_predecessor();
-  // Only now, so that the merge may read before its wait what was there before the pass.
+  // Only now, so that the next kernel may read before its wait what was there before this one.
   release_successor();
+  prepare();
 
   const Share share(args);
   const uint32_t mask = stages - 1;
   const int shift = __popc(mask);
-  float best = -kInf;
-  uint32_t best_row = 0, best_until = 0;
   // The first turns of a warp fill its part of the ring, so that there is one copy of the fetch.
   uint32_t filled = warp, turn = warp;
   bool full = false;
@@ -287,18 +287,39 @@ __global__ void __maxnreg__(kPassRegisters<T>)
     }
     // Whoever is ready takes the next tile.
     if (lane == 0) turn = take_turn(taken);
-    if (item.tile != nullptr) {
-      // The same row again begins anew.
-      const uint32_t row = item.partial - item.number;
-      if (row != best_row || item.partial <= best_until) best = -kInf;
-      best_row = row;
-      best_until = item.partial;
-      tile_statistics<T, kSecond, kWeighted>(raw, item.number * kTile, n, args.scale, lane, &best,
-                                             &args.partials[item.partial],
-                                             kSecond ? &args.second[item.partial] : nullptr);
-    }
+    if (item.tile != nullptr) visit(item, n, raw, lane);
     turn = __shfl_sync(kWholeWarp, turn, 0);
   }
+}
+
+// The largest value of the tiles that a warp had of a row before this one. The same row again
+// begins anew.
+struct BestOfRow {
+  float best = -kInf;
+  uint32_t row = 0, until = 0;
+
+  template <typename T>
+  __device__ __forceinline__ float* of(const Item<T>& item) {
+    const uint32_t first = item.partial - item.number;
+    if (first != row || item.partial <= until) best = -kInf;
+    row = first;
+    until = item.partial;
+    return &best;
+  }
+};
+
+template <typename T, bool kSecond, bool kWeighted>
+__global__ void __maxnreg__(kPassRegisters<T>)
+    vocabulary_pass_kernel(const __grid_constant__ VocabularyArgs args, int stages) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  BestOfRow best;
+  for_each_tile<T>(
+      args, stages, memory, [] {},
+      [&](const Item<T>& item, int n, const uint4* raw, int lane) {
+        tile_statistics<T, kSecond, kWeighted>(raw, item.number * kTile, n, args.scale, lane,
+                                               best.of(item), &args.partials[item.partial],
+                                               kSecond ? &args.second[item.partial] : nullptr);
+      });
 }
 
 }  // namespace confidence

@@ -44,7 +44,7 @@ from lopa_kernels.ops.confidence.triton_merge import (
     offset_of,
 )
 
-__all__ = ["check_vocabulary", "vocabulary_statistics"]
+__all__ = ["check_vocabulary", "device_of", "layout", "pairwise_sum", "vocabulary_statistics"]
 
 # The careful way through a tile goes in steps of this.
 _STEP = tl.constexpr(256)
@@ -70,7 +70,7 @@ _FILTER_WARPS = 8
 
 
 @triton.jit
-def _pairwise_sum(v: tl.tensor, HALVINGS: tl.constexpr) -> tl.tensor:
+def pairwise_sum(v: tl.tensor, HALVINGS: tl.constexpr) -> tl.tensor:
     """Sum of 256 * 2^HALVINGS numbers in pairs: in one order, whatever layout the compiler chooses.
 
     It chooses by the alignment of the logits. In the layout of aligned ones a lane has vectors of
@@ -148,9 +148,9 @@ def _scan_kernel(
                 if WEIGHTED:
                     t = tl.maximum(t, SMALLEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
                 weight = tl.exp2(t)
-                total = _pairwise_sum(weight, 3)
+                total = pairwise_sum(weight, 3)
                 if WEIGHTED:
-                    weighted = _pairwise_sum(weight * t, 3)
+                    weighted = pairwise_sum(weight * t, 3)
             if total != total:
                 limit = vocab - begin
                 nan = 0
@@ -178,9 +178,9 @@ def _scan_kernel(
                         t = (sanitized(x.to(tl.float32)) - largest) * scale
                         t = tl.maximum(t, SMALLEST_EXPONENT)
                         weight = tl.exp2(t)
-                        total += _pairwise_sum(weight, 0)
+                        total += pairwise_sum(weight, 0)
                         if WEIGHTED:
-                            weighted += _pairwise_sum(weight * t, 0)
+                            weighted += pairwise_sum(weight * t, 0)
             tl.store(maxima + at, largest)
             tl.store(sums + at, total)
             tl.store(marks + at, tl.cast(mark, tl.uint8))
@@ -199,9 +199,7 @@ class _Outputs(NamedTuple):
     flags: torch.Tensor | None = None
 
 
-def _layout(
-    shape: torch.Size | tuple[int, ...], *strides: tuple[int, ...]
-) -> list[tuple[int, ...]]:
+def layout(shape: torch.Size | tuple[int, ...], *strides: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Sizes (the outermost is not needed) and strides of tensors of one shape, innermost first.
 
     Dimensions of one element are left out, and neighbours merged that lie together in every tensor.
@@ -228,7 +226,7 @@ class _Device(NamedTuple):
 
 
 @functools.cache
-def _device(device: torch.device) -> _Device:
+def device_of(device: torch.device) -> _Device:
     multiprocessors = 1
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -318,7 +316,7 @@ def _run(
     # Beyond these every weight but the maximum's is 0, or every weight is 1.
     inverse = min(max(inverse, _FLOAT32.tiny), _FLOAT32.max)
     scale = min(inverse / math.log(2), _FLOAT32.max)
-    device = _device(logits.device)
+    device = device_of(logits.device)
     waves = _SCAN_WAVES if count is None else 1
     scan_programs = min(capacity * tiles, _SCAN_PROGRAMS * waves * device.multiprocessors)
     per_device = _FILTER_PROGRAMS if filtered else _FINISH_PROGRAMS
@@ -336,9 +334,9 @@ def _run(
     masses = scratch(finish_programs, padded, groups) if filtered else None
 
     partials = (maxima, sums, weighted_sums, marks, group_maxima)
-    table = _layout(logits.shape[:-1], logits.stride()[:-1])
-    row_list = [(), (1,)] if rows is None else _layout(rows.shape, rows.stride())
-    result = _layout(out.tokens.shape, out.tokens.stride(), out.probs.stride(), out.scores.stride())
+    table = layout(logits.shape[:-1], logits.stride()[:-1])
+    row_list = [(), (1,)] if rows is None else layout(rows.shape, rows.stride())
+    result = layout(out.tokens.shape, out.tokens.stride(), out.probs.stride(), out.scores.stride())
     # Without fused operations, so that the same arithmetic in two compilations gives the same bits.
     launch = {"enable_fp_fusion": False}
     if device.dependent:

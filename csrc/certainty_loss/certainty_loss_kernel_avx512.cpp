@@ -1,0 +1,9 @@
+#include "certainty_loss/certainty_loss_kernel_impl.h"
+
+namespace lopa {
+namespace certainty_loss {
+
+const Kernels* avx512_kernels() { return kKernels; }
+
+}  // namespace certainty_loss
+}  // namespace lopa
