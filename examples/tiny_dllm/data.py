@@ -104,6 +104,21 @@ class Windows(NamedTuple):
     """Masked columns of each block, 0..T."""
 
 
+def draw_cuts(batch: int, config: TinyConfig, generator: Generator) -> tuple[Tensor, ...]:
+    """Cuts each sample's N blocks into windows, from all blocks one by one to all in one window.
+
+    Returns:
+        cut, bool [B,N]: a window begins at this block; window, int64 [B,N]: the window's number;
+        start, int64 [B,N]: its first block.
+    """
+    device, blocks = generator.device, config.max_blocks
+    cut = torch.rand(batch, blocks, generator=generator, device=device)
+    cut = cut < 1.25 * torch.rand(batch, 1, generator=generator, device=device)
+    cut[:, 0] = True
+    start = torch.where(cut, torch.arange(blocks, device=device), 0).cummax(1).values
+    return cut, cut.cumsum(1), start
+
+
 def draw_windows(batch: int, config: TinyConfig, generator: Generator) -> Windows:
     """Random windows over the blocks, from all blocks one by one to all in one window.
 
@@ -117,11 +132,8 @@ def draw_windows(batch: int, config: TinyConfig, generator: Generator) -> Window
     def rand(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, device=device)
 
-    cut = rand(batch, blocks) < 1.25 * rand(batch, 1)
-    cut[:, 0] = True
+    cut, window, start = draw_cuts(batch, config, generator)
     last = cut.roll(-1, dims=1)
-    window = cut.cumsum(1)
-    start = torch.where(cut, torch.arange(blocks, device=device), 0).cummax(1).values
     uniform = rand(batch, blocks)
     level = (window + uniform).sort(dim=1).values - window
     level = torch.where(rand(batch, 1) < 0.1, uniform, level)
@@ -195,27 +207,45 @@ def training_mask(
     return mask
 
 
-def make_batch(pool: Pool, size: int, config: TinyConfig, generator: Generator) -> Batch:
-    """A batch of `size` problems drawn from the pool, all from `generator`, on its device."""
-    device = generator.device
-    pick = torch.randint(len(pool), (size,), generator=generator, device=device)
-    prompt, prompt_len = pool.prompt[pick].long(), pool.prompt_len[pick]
-    solution = pool.solution[pick].long()
-    windows = draw_windows(size, config, generator)
-    masked = draw_masked(windows.masked, solution, config, generator)
-    noisy = solution.masked_fill(masked, config.mask_id)
+def layout(
+    prompt: Tensor,
+    prompt_len: Tensor,
+    solution: Tensor,
+    noisy: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    config: TinyConfig,
+) -> Batch:
+    """The `Batch` of prompts, solutions and noisy copies of these under a `training_mask`."""
+    size, device = len(prompt), prompt.device
     kept = config.max_new_tokens - config.block_size
     generated = prompt_len[:, None] + torch.arange(config.max_new_tokens, device=device)
     columns = torch.arange(MAX_PROMPT_CHARS, device=device).expand(size, -1)
-    coin = torch.rand(2, size, generator=generator, device=device) < 0.5
+    return Batch(
+        torch.cat([prompt, solution[:, :kept], noisy], dim=1),
+        torch.cat([columns, generated[:, :kept], generated], dim=1),
+        mask,
+        solution,
+        weight,
+    )
+
+
+def draw_problems(pool: Pool, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts, their lengths and solutions, int64, drawn from the pool."""
+    pick = torch.randint(len(pool), (size,), generator=generator, device=generator.device)
+    return pool.prompt[pick].long(), pool.prompt_len[pick], pool.solution[pick].long()
+
+
+def make_batch(pool: Pool, size: int, config: TinyConfig, generator: Generator) -> Batch:
+    """A batch of `size` problems drawn from the pool, all from `generator`, on its device."""
+    prompt, prompt_len, solution = draw_problems(pool, size, generator)
+    windows = draw_windows(size, config, generator)
+    masked = draw_masked(windows.masked, solution, config, generator)
+    noisy = solution.masked_fill(masked, config.mask_id)
+    coin = torch.rand(2, size, generator=generator, device=generator.device) < 0.5
     # Each masked token counts 1 / (share masked in its block), the weight of the masked-diffusion
     # bound (arXiv 2406.07524), clipped at 4 so that nearly finished blocks do not dominate.
     share = (windows.masked / config.block_size).clamp_min(0.25)
     weight = masked / share.repeat_interleave(config.block_size, dim=1)
-    return Batch(
-        torch.cat([prompt, solution[:, :kept], noisy], dim=1),
-        torch.cat([columns, generated[:, :kept], generated], dim=1),
-        training_mask(prompt_len, windows, coin[0], coin[1], config),
-        solution,
-        weight,
-    )
+    mask = training_mask(prompt_len, windows, coin[0], coin[1], config)
+    return layout(prompt, prompt_len, solution, noisy, mask, weight, config)

@@ -60,11 +60,19 @@ class Cache:
     v_window: Tensor
 
     @classmethod
-    def empty(cls, model: TinyDLLM, batch: int, branches: int, window: int, capacity: int) -> Self:
-        c = model.config
+    def empty(
+        cls,
+        model: TinyDLLM,
+        batch: int,
+        branches: int,
+        window: int,
+        capacity: int,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        c, like = model.config, model.embed.weight
 
         def buffer(*shape: int) -> Tensor:
-            return model.embed.weight.new_zeros(c.layers, batch, *shape, c.kv_heads, c.head_dim)
+            return like.new_zeros(c.layers, batch, *shape, c.kv_heads, c.head_dim, dtype=dtype)
 
         return cls(
             buffer(capacity), buffer(capacity), buffer(branches, window), buffer(branches, window)
@@ -88,6 +96,8 @@ class Decoder:
         mask: what a window column sees of its branch: "block_causal" (its own and earlier blocks,
             for which the cached prefix is exact) or "full".
         compile: run each round as one graph of torch.compile.
+        autocast: dtype of products, keys and values (torch.autocast), as in training; the rest,
+            the residual stream above all, keeps the model's. None: the model's throughout.
     """
 
     def __init__(
@@ -97,12 +107,14 @@ class Decoder:
         *,
         mask: str = "block_causal",
         compile: bool = False,
+        autocast: torch.dtype | None = None,
     ) -> None:
         if config.branches is None or config.window is None:
             raise ValueError("Decoder: config: expected branches and window to be set")
         self.model = model
         self.config = config
         self.mask = mask
+        self.autocast = autocast
         self.timer = Timer()
         self.state_device = model.embed.weight.device
         self._compiled = torch.compile(self.graph, fullgraph=True) if compile else None
@@ -186,7 +198,7 @@ class Decoder:
     def prefill(self, state: lk.LopaState, cache: Cache, cos_sin: Tensor) -> lk.LopaStep:
         """The first round, over the prompt and the first block: the prompt goes to `cache`."""
         batch, _, window = state.tokens.shape
-        own = Cache.empty(self.model, batch, 1, window, 0)
+        own = Cache.empty(self.model, batch, 1, window, 0, self.autocast)
         with self.timer("model"):
             logits = self.forward(state, replace(own, k=cache.k, v=cache.v), cos_sin, direct=True)
         with self.timer("step"):
@@ -201,7 +213,9 @@ class Decoder:
         Raises:
             RuntimeError: a round reported a status other than 0 for some sequence.
         """
-        with self.timer("total"):
+        device = self.model.embed.weight.device.type
+        enabled = self.autocast is not None
+        with self.timer("total"), torch.autocast(device, self.autocast, enabled=enabled):
             return self._decode(prompts, on_round)
 
     def _decode(self, prompts: Sequence[Sequence[int]], on_round: RoundHook | None) -> Decoded:
@@ -217,7 +231,9 @@ class Decoder:
         capacity = longest + config.max_new_tokens
         assert config.branches is not None
         assert config.window is not None
-        cache = Cache.empty(self.model, batch, config.branches, config.window, capacity)
+        cache = Cache.empty(
+            self.model, batch, config.branches, config.window, capacity, self.autocast
+        )
         cos_sin = rope_table(replace(c, max_pos=capacity + config.window)).to(device)
         # One more column takes what is not committed, so that the scatter needs no host decision.
         text = torch.full((batch, capacity + 1), config.mask_id, device=device)

@@ -31,8 +31,15 @@ class PlainDecoder(Decoder):
     """The model on an accelerator in plain PyTorch, which copies the prefix to every branch; the
     round's decisions by `lopa_step` on the CPU."""
 
-    def __init__(self, model: TinyDLLM, config: lk.LopaConfig, *, mask: str) -> None:
-        super().__init__(model, config, mask=mask)
+    def __init__(
+        self,
+        model: TinyDLLM,
+        config: lk.LopaConfig,
+        *,
+        mask: str,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(model, config, mask=mask, autocast=autocast)
         self.state_device = torch.device("cpu")
 
     def visible(self, state: lk.LopaState, capacity: int, mask: str) -> Tensor:
@@ -101,7 +108,7 @@ class PlainDecoder(Decoder):
 
     def prefill(self, state: lk.LopaState, cache: Cache, cos_sin: Tensor) -> lk.LopaStep:
         batch, _, window = state.tokens.shape
-        own = Cache.empty(self.model, batch, 1, window, 0)
+        own = Cache.empty(self.model, batch, 1, window, 0, self.autocast)
         return self.advance(state, replace(own, k=cache.k, v=cache.v), cos_sin, "block_causal")
 
 
@@ -165,7 +172,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-vanilla", action="store_true")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--weights", type=Path, help="a directory of weights; default: shipped")
+    parser.add_argument("--weights", help="a directory of weights, or base or distilled")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(argv)
 

@@ -25,6 +25,14 @@ from examples.tiny_dllm.tokenizer import CharTokenizer
 
 WEIGHTS = Path(__file__).with_name("weights")
 
+#: the models shipped here
+NAMED = {"base": WEIGHTS, "distilled": Path(__file__).with_name("weights_distilled")}
+
+
+def weights_of(model: str | Path | None) -> Path:
+    """The directory of a model given by name, by path or (None: the base model) not at all."""
+    return NAMED["base"] if model is None else NAMED.get(str(model), Path(model))
+
 
 @dataclass(frozen=True)
 class TinyConfig:
@@ -209,7 +217,8 @@ class TinyDLLM(nn.Module):
         """The model saved in a directory, in evaluation mode.
 
         Args:
-            path: a directory written by `save_sharded`; None for the weights shipped here.
+            path: a directory written by `save_sharded`, or the name of a model shipped here,
+                "base" or "distilled"; None for "base".
             dtype: of the parameters. The rotary table stays fp32.
             device: where they go.
 
@@ -217,7 +226,7 @@ class TinyDLLM(nn.Module):
             FileNotFoundError: the directory holds no model.
             RuntimeError: weights are missing, surplus, or of another shape than config.json says.
         """
-        directory = WEIGHTS if path is None else Path(path)
+        directory = weights_of(path)
         saved = json.loads((directory / "config.json").read_text())
         model = cls(TinyConfig(**saved["model"]))
         index = json.loads((directory / "model.safetensors.index.json").read_text())

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -151,19 +151,24 @@ class Trainer:
         args = self.args
         generator = torch.Generator(self.device).manual_seed(args.seed * 2**32 + self.step)
         batch = make_batch(pool, args.batch, self.config, generator)
-        autocast = (
-            torch.autocast(self.device.type, torch.bfloat16)
-            if self.device.type == "cuda"
-            else nullcontext()
-        )
-        with autocast:
+        with self.autocast():
             loss, nats = self.loss_and_nats(self.model, batch)
+        self.update(loss, learning_rate(self.step, args.steps, args.lr, args.warmup))
+        return loss.detach(), nats
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bf16 products on an accelerator."""
+        if self.device.type == "cuda":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def update(self, loss: Tensor, lr: float) -> None:
+        """What follows a step's loss: gradients, clipped to a norm of 1, weights, average."""
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizers.step(learning_rate(self.step, args.steps, args.lr, args.warmup))
+        self.optimizers.step(lr)
         self.ema.update_parameters(self.model)
         self.step += 1
-        return loss.detach(), nats
 
     def averaged(self) -> TinyDLLM:
         """The averaged model, in evaluation mode; shares its memory."""
