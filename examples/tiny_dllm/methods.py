@@ -58,6 +58,21 @@ def lopa(model: TinyConfig, branches: int, tau_conf: float, **changes: Any) -> M
     return Method("confidence" if branches == 1 else f"LoPA K={branches}", config)
 
 
+def entropy(model: TinyConfig, tau_entropy: float, **changes: Any) -> Method:
+    """dParallel's rule: fills what is below an entropy, in nats, block after block.
+
+    Two blocks of window, as `vanilla`.
+    """
+    settings: dict[str, Any] = {
+        "mask_id": model.mask_id,
+        "eos_id": model.eos_id,
+        "max_new_tokens": model.max_new_tokens,
+        "block_size": model.block_size,
+        "window": 2 * model.block_size,
+    }
+    return Method("entropy", lk.LopaConfig.dparallel(tau_entropy=tau_entropy, **settings | changes))
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a method made of each of n problems."""
