@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,35 +22,58 @@ from rich.text import Text
 
 import lopa_kernels as lk
 from examples.tiny_dllm.decode import Decoder
-from examples.tiny_dllm.methods import Method, Outcome, lopa, run, vanilla
-from examples.tiny_dllm.model import TinyDLLM
+from examples.tiny_dllm.methods import (
+    PAPER_TAU,
+    Method,
+    Outcome,
+    entropy,
+    lopa,
+    run,
+    vanilla,
+)
+from examples.tiny_dllm.model import NAMED, TinyConfig, TinyDLLM
 from examples.tiny_dllm.problems import problems
 from examples.tiny_dllm.tokenizer import CharTokenizer
 
 #: thresholds chosen on training problems, see README.md beside this file
 TAU_CONF = {1: 0.95, 2: 0.99, 4: 0.98, 8: 0.98, 14: 0.98}
 
+#: the table of `table.py`, which names the distilled model's thresholds
+TABLE = Path(__file__).with_name("results") / "table.json"
+
 # Ten colours that read on dark and light terminals, cycled over the rounds.
 COLOURS = ("red", "dark_orange", "yellow3", "green", "spring_green3", "cyan", "dodger_blue1",
            "blue_violet", "magenta", "deep_pink3")  # fmt: skip
 
 
+def distilled_methods(config: TinyConfig, branches: int) -> list[Method]:
+    """The distilled model's rows: dParallel's rule, and lookahead over `branches` branches, at the
+    table's thresholds, or the published ones of both where there is no table."""
+    table = json.loads(TABLE.read_text())["chosen"] if TABLE.exists() else {}
+    own = {name: entry["tau"] for name, entry in table.get("distilled", {}).items()}
+    methods = [
+        entropy(config, own.get("entropy", 0.5)),
+        lopa(config, branches, own.get(f"LoPA K={branches}", PAPER_TAU)),
+    ]
+    return [replace(method, name=f"distilled, {method.name}") for method in methods]
+
+
 def compare(
-    model: TinyDLLM, methods: list[Method], args: argparse.Namespace, console: Console
+    runs: list[tuple[TinyDLLM, Method]], args: argparse.Namespace, console: Console
 ) -> dict[str, Outcome]:
     chosen = problems("heldout", args.problems, args.seed)
     outcomes: dict[str, Outcome] = {}
     with Progress(
-        TextColumn("{task.description:>12}"),
+        TextColumn("{task.description:>21}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=console,
     ) as progress:
         tasks = [
-            progress.add_task(method.name, start=False, total=len(chosen)) for method in methods
+            progress.add_task(method.name, start=False, total=len(chosen)) for _, method in runs
         ]
-        for task, method in zip(tasks, methods, strict=True):
+        for task, (model, method) in zip(tasks, runs, strict=True):
             progress.start_task(task)
             decoder = Decoder(model, method.config, mask=args.mask, compile=args.compile)
             outcomes[method.name] = run(
@@ -152,7 +176,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mask", choices=("block_causal", "full"), default="block_causal")
     parser.add_argument("--compile", action="store_true", help="one torch.compile graph a round")
     parser.add_argument("--prompt", help="solve this one problem and show the order of filling")
-    parser.add_argument("--weights", type=Path, help="a directory of weights; default: shipped")
+    parser.add_argument("--weights", help="a directory of weights, or base or distilled; "
+                        "default: both")  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the results here")
     return parser.parse_args(argv)
 
@@ -170,7 +195,11 @@ def main(argv: list[str] | None = None) -> int:
     else:
         methods = [vanilla(model.config)]
         methods += [lopa(model.config, k, TAU_CONF.get(k, TAU_CONF[8])) for k in args.branches]
-        outcomes = compare(model, methods, args, console)
+        runs = [(model, method) for method in methods]
+        if args.weights is None and NAMED["distilled"].exists():
+            student = TinyDLLM.load("distilled")
+            runs += [(student, m) for m in distilled_methods(student.config, max(args.branches))]
+        outcomes = compare(runs, args, console)
         console.print(table(outcomes))
         result = {name: outcome.summary() for name, outcome in outcomes.items()}
     if args.json is not None:
