@@ -32,7 +32,7 @@ from examples.tiny_dllm.data import (
     layout,
     training_mask,
 )
-from examples.tiny_dllm.decode import Decoder
+from examples.tiny_dllm.evaluate import DECODERS, decoder_of, default_precision
 from examples.tiny_dllm.labels import Labels, Teacher, load_labels, make_labels, save_labels
 from examples.tiny_dllm.methods import Method, entropy, lopa, run
 from examples.tiny_dllm.model import TinyConfig, TinyDLLM, save_sharded, weights_of
@@ -202,10 +202,11 @@ def curve_methods(config: TinyConfig, args: argparse.Namespace) -> list[Method]:
 def measure(model: TinyDLLM, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """TPF, text TPF and accuracy of each method on training problems."""
     chosen = problems("train", args.curve_problems, CURVE_SEED)
-    autocast = torch.bfloat16 if args.device != "cpu" else None
+    precision = default_precision(args.device)
     found = {}
     for method in curve_methods(model.config, args):
-        outcome = run(Decoder(model, method.config, autocast=autocast), chosen, args.curve_batch)
+        decoder = decoder_of(args.decoder, model, method.config, precision)
+        outcome = run(decoder, chosen, args.curve_batch)
         found[method.name] = {
             "accuracy": outcome.accuracy,
             "tpf": outcome.tpf,
@@ -226,7 +227,9 @@ def get_labels(args: argparse.Namespace, console: Console) -> Labels:
         console.print(f"{len(labels.pool)} labels from {path}")
         return labels
     began = time.monotonic()
-    teacher = Teacher(args.init, args.device, args.label_tau, args.label_batch, args.seed)
+    teacher = Teacher(
+        args.init, args.device, args.label_tau, args.label_batch, args.seed, args.decoder
+    )
     labels = make_labels(
         teacher,
         args.labels,
@@ -381,6 +384,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--init", default="base", help="teacher and start: a name or a folder")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--decoder", choices=tuple(DECODERS), default="operators",
+                   help="of labels and curve; see table.py")  # fmt: skip
     p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     labels = p.add_argument_group("labels")
     labels.add_argument("--labels", type=int, default=100_000, help="problems to decode")

@@ -112,6 +112,24 @@ class PlainDecoder(Decoder):
         return self.advance(state, replace(own, k=cache.k, v=cache.v), cos_sin, "block_causal")
 
 
+#: the decoders that tables choose from: this library's operators throughout, or attention by
+#: PyTorch and `lopa_step` on the CPU
+DECODERS: dict[str, type[Decoder]] = {"operators": Decoder, "plain": PlainDecoder}
+
+
+def decoder_of(
+    kind: str, model: TinyDLLM, config: lk.LopaConfig, precision: str, mask: str = "block_causal"
+) -> Decoder:
+    """One of `DECODERS`; `precision` is "fp32", or "bf16" of products, keys and values."""
+    autocast = torch.bfloat16 if precision == "bf16" else None
+    return DECODERS[kind](model, config, mask=mask, autocast=autocast)
+
+
+def default_precision(device: str) -> str:
+    """bf16 on an accelerator, as in training."""
+    return "fp32" if device == "cpu" else "bf16"
+
+
 def bootstrap(
     numerator: Tensor, denominator: Tensor, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:

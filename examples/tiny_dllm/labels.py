@@ -18,7 +18,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from examples.tiny_dllm.data import Pool
-from examples.tiny_dllm.decode import Decoder
+from examples.tiny_dllm.evaluate import decoder_of, default_precision
 from examples.tiny_dllm.methods import judge, lopa
 from examples.tiny_dllm.model import TinyDLLM
 from examples.tiny_dllm.problems import MAX_PROMPT_CHARS, Problem, problems
@@ -38,6 +38,7 @@ class Teacher:
     chunk: int = 2048
     """Problems decoded together."""
     seed: int = 0
+    decoder: str = "operators"
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def decode_chunk(model: TinyDLLM, teacher: Teacher, index: int) -> Labels:
     tokenizer = CharTokenizer()
     made = chunk_problems(teacher, index)
     ids = [tokenizer.encode(problem.prompt) for problem in made]
-    autocast = torch.bfloat16 if teacher.device != "cpu" else None
-    decoder = Decoder(model, lopa(model.config, 1, teacher.tau_conf).config, autocast=autocast)
+    config = lopa(model.config, 1, teacher.tau_conf).config
+    decoder = decoder_of(teacher.decoder, model, config, default_precision(teacher.device))
     decoded = decoder.decode(ids)
     correct, forwards, _, _ = judge(decoded.tokens, decoded.forwards, made)
     kept, solution = keep(decoded.tokens, correct)

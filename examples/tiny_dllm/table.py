@@ -26,8 +26,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from examples.tiny_dllm.decode import Decoder
-from examples.tiny_dllm.evaluate import PlainDecoder, bootstrap
+from examples.tiny_dllm.evaluate import DECODERS, bootstrap, decoder_of, default_precision
 from examples.tiny_dllm.methods import Method, entropy, lopa, run, vanilla
 from examples.tiny_dllm.model import NAMED, TinyConfig, TinyDLLM, weights_of
 from examples.tiny_dllm.problems import Split, problems
@@ -141,9 +140,7 @@ def measure(job: Job, machine: Machine) -> Row:
     assert config.branches is not None
     assert config.window is not None
     batch = max(1, min(job.problems, machine.columns // (config.branches * config.window)))
-    kind = Decoder if machine.decoder == "operators" else PlainDecoder
-    autocast = torch.bfloat16 if machine.precision == "bf16" else None
-    decoder = kind(model, config, mask=job.mask, autocast=autocast)
+    decoder = decoder_of(machine.decoder, model, config, machine.precision, job.mask)
     outcome = run(decoder, problems(job.split, job.problems, job.seed), batch)
     one = torch.ones_like(outcome.forwards)
     # Seconds are left out: processes that share a device do not time a method.
@@ -342,7 +339,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="grid of entropies, nats")  # fmt: skip
     parser.add_argument("--no-ablations", dest="ablations", action="store_false")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--decoder", choices=("operators", "plain"), default="operators",
+    parser.add_argument("--decoder", choices=tuple(DECODERS), default="operators",
                         help="operators: this library's throughout; plain: attention by PyTorch, "
                         "and lopa_step on the CPU")  # fmt: skip
     parser.add_argument("--precision", choices=("fp32", "bf16"),
@@ -353,9 +350,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         "4096 on a CPU")  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, help="processes, all on the device")
     args = parser.parse_args(argv)
-    on_cpu = args.device == "cpu"
-    args.precision = args.precision or ("fp32" if on_cpu else "bf16")
-    args.columns = args.columns or (4096 if on_cpu else 131072)
+    args.precision = args.precision or default_precision(args.device)
+    args.columns = args.columns or (4096 if args.device == "cpu" else 131072)
     if len(set(args.branches)) != len(args.branches) or not all(k > 1 for k in args.branches):
         parser.error(f"--branches: expected distinct numbers above 1, got {args.branches}")
     return args
