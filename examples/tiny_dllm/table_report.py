@@ -125,7 +125,7 @@ def draw(grid: Sequence[Row], table: Sequence[Row], path: Path) -> None:
                        label=name) for name in models]  # fmt: skip
     axes.legend(handles=handles, fontsize=9)
     axes.set(xlabel="TPF, positions filled a forward pass", ylabel="accuracy, %",
-             title="Held-out problems at the chosen thresholds; faint: the grid, training problems")  # fmt: skip
+             title="Held-out problems; faint: the grid, on training problems")  # fmt: skip
     least = min(100 * row["accuracy_interval"][0] for row in table)
     axes.set_ylim(bottom=max(0, least - 12))
     axes.grid(alpha=0.3)
