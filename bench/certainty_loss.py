@@ -115,7 +115,8 @@ def check_in_place(result: Any, expected: Any) -> None:
 
 def check_cross_entropy(result: Any, expected: Any) -> None:
     """Of Liger's, which has no entropy."""
-    torch.testing.assert_close(result[0].double(), expected[2][0], rtol=1e-3, atol=1e-5)
+    # Its result is in the dtype of the logits.
+    torch.testing.assert_close(result[0].double(), expected[2][0], rtol=1e-2, atol=1e-5)
 
 
 def has_liger() -> bool:
@@ -181,6 +182,10 @@ def case(
         providers["eager, fp32"] = functools.partial(both_passes, eager_fp32)
         compiled["torch.compile, fp32"] = eager_fp32
         checks = {"eager": check_rounded, "torch.compile": check_rounded}
+    optional = list(compiled)
+    if dtype == torch.float16:
+        # log(p + 1e-12) of a p that is 0 there is that of 0, and 0 times it NaN.
+        optional.append("eager")
     for name, function in compiled.items():
         providers[name] = functools.partial(both_passes, peers.compiled(function))
     providers["lopa"] = ours()
@@ -200,7 +205,7 @@ def case(
         bytes=round(moved),
         flops=round(masked_share * rows * vocab * FLOPS_PER_LOGIT),
         device=device,
-        optional=tuple(compiled),
+        optional=tuple(optional),
     )
 
 

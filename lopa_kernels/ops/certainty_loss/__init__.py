@@ -147,6 +147,8 @@ def gradient(
 
     Args:
         grad_loss: fp32 [], the gradient in the loss.
+        logits: those of the forward pass, or some columns of them.
+        labels: counted from the first of these columns; one outside them is none of theirs.
         stats, order, counts: the operator's third to fifth results; reference.forward says what
             they hold. `counts` may be those of a larger batch, of which these rows are a part.
         inplace: writes the gradient over the logits.

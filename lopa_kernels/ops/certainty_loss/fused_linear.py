@@ -17,15 +17,15 @@ from lopa_kernels.ops.certainty_loss import (
     reference,
 )
 
-#: of the logits of a chunk, where nobody says how many rows it has
-_CHUNK_BYTES = 256 << 20
+#: of a chunk's logits, where nobody says how many
+CHUNK_BYTES = 256 << 20
 _CHUNK_MULTIPLE = 128
 
 
-def default_chunk_rows(vocab: int, itemsize: int) -> int:
-    """Rows whose logits take 256 MiB at most, a multiple of 128."""
-    rows = _CHUNK_BYTES // (vocab * itemsize)
-    return max(rows // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE, _CHUNK_MULTIPLE)
+def chunk_size(chunk_bytes: int, bytes_each: int) -> int:
+    """Rows, or columns, of so many bytes each: a multiple of 128 where there are as many."""
+    count = chunk_bytes // max(bytes_each, 1)
+    return max(count // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE or count, 1)
 
 
 def fused_linear_certainty_forcing_loss(
@@ -36,19 +36,19 @@ def fused_linear_certainty_forcing_loss(
     *,
     temperature: float = 0.5,
     beta: float = 2.0,
-    chunk_rows: int | None = None,
-    accumulate_dtype: torch.dtype | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
     return_terms: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """:func:`certainty_forcing_loss` of ``hidden @ weight.T``, never all of it in memory.
 
-    The forward pass makes the logits of `chunk_rows` rows at a time and keeps four numbers of each
-    row. How many rows agree with their labels, which every gradient of the entropy is divided by,
-    is known after the last chunk only; so the backward pass makes each chunk's logits again,
-    overwrites them with their gradient, and multiplies. That costs one product more than a fused
-    linear cross entropy, which takes its gradients in the forward pass, and it is exact: each
-    chunk's gradient is the very one that :func:`certainty_forcing_loss` gives of these logits.
+    The forward pass makes the logits of some rows at a time and keeps four numbers of each row. How
+    many rows agree with their labels, which every gradient of the entropy is divided by, is known
+    after the last chunk only; so the backward pass makes logits again, of all rows and some columns
+    at a time, writes their gradient over them, and multiplies. That costs one product more than a
+    fused linear cross entropy, which takes its gradients in the forward pass; but each slice of the
+    weight's gradient is one product, with nothing to add up, and nothing is approximated. (A
+    product of another shape may round a logit to its other neighbour.)
     Rows that are not masked are multiplied all the same: leave them out where they are many.
 
     Args:
@@ -56,10 +56,9 @@ def fused_linear_certainty_forcing_loss(
         weight: [V, H], of the same dtype: the LM head's.
         labels, masked, temperature, beta, return_terms, backend: as
             :func:`certainty_forcing_loss`.
-        chunk_rows: at least 1; None takes as many as have 256 MiB of logits.
-        accumulate_dtype: in which the chunks' gradients of `weight` are added up; None is fp32 (or
-            float64), which takes memory of the size of `weight` in that dtype where there are
-            several chunks.
+        chunk_bytes: of the logits that are in memory at a time, at least one row or column; 256 MiB
+            by default. The backward pass has beside them an fp32 (or float64) sum of the size of
+            `hidden`.
 
     Returns:
         As :func:`certainty_forcing_loss`; differentiable once in `hidden` and `weight`.
@@ -84,16 +83,8 @@ def fused_linear_certainty_forcing_loss(
         )
     check_rows(op, labels, masked, hidden.shape[:1], hidden.device)
     check_options(op, temperature, beta)
-    if chunk_rows is None:
-        chunk_rows = default_chunk_rows(len(weight), hidden.element_size())
-    if chunk_rows < 1:
-        raise ValueError(f"{op}: chunk_rows: expected at least 1, got {chunk_rows}")
-    if accumulate_dtype is None:
-        accumulate_dtype = reference.arithmetic(hidden)
-    elif not accumulate_dtype.is_floating_point:
-        raise TypeError(
-            f"{op}: accumulate_dtype: expected a floating-point dtype, got {accumulate_dtype}"
-        )
+    if chunk_bytes < 1:
+        raise ValueError(f"{op}: chunk_bytes: expected at least 1, got {chunk_bytes}")
     loss, terms = _FusedLinear.apply(
         hidden,
         weight,
@@ -101,8 +92,7 @@ def fused_linear_certainty_forcing_loss(
         masked,
         float(temperature),
         float(beta),
-        chunk_rows,
-        accumulate_dtype,
+        chunk_bytes,
         backend,
     )
     return (loss, terms) if return_terms else loss
@@ -118,33 +108,35 @@ class _FusedLinear(torch.autograd.Function):
         masked: torch.Tensor,
         temperature: float,
         beta: float,
-        chunk_rows: int,
-        accumulate_dtype: torch.dtype,
+        chunk_bytes: int,
         backend: str | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         run = implementation(OP, hidden.device.type, backend)
         dtype = reference.arithmetic(hidden)
         totals = torch.zeros(2, dtype=torch.float64, device=hidden.device)
         counts = torch.zeros(2, dtype=torch.int32, device=hidden.device)
-        stats, orders = [], []
+        stats = []
+        chunk_rows = chunk_size(chunk_bytes, len(weight) * weight.element_size())
         for begin in range(0, len(hidden), chunk_rows):
             rows = slice(begin, begin + chunk_rows)
             with torch.autocast(hidden.device.type, enabled=False):
                 logits = hidden[rows] @ weight.t()
-            _, means, chunk_stats, order, chunk_counts = run(
+            _, means, chunk_stats, _, chunk_counts = run(
                 logits, labels[rows], masked[rows], temperature, beta, False
             )
             # The means of no rows are 0.
             totals = totals + means.double() * chunk_counts
             counts = counts + chunk_counts
             stats.append(chunk_stats)
-            orders.append(order)
             # Before the next chunk is made.
             del logits
         means = totals / counts.clamp(min=1)
+        # As of all rows at once: how many are masked, these in order, then the others.
+        order = torch.cat([counts[:1], (~masked).byte().argsort(stable=True).to(torch.int32)])
+        row_stats = torch.cat(stats) if stats else totals.new_zeros(0, 4, dtype=dtype)
         ctx.temperature, ctx.beta = temperature, beta
-        ctx.chunk_rows, ctx.accumulate_dtype, ctx.backend = chunk_rows, accumulate_dtype, backend
-        ctx.save_for_backward(hidden, weight, labels, counts, *stats, *orders)
+        ctx.chunk_bytes, ctx.backend = chunk_bytes, backend
+        ctx.save_for_backward(hidden, weight, labels, row_stats, order, counts)
         terms = means.to(dtype)
         ctx.mark_non_differentiable(terms)
         return (means[0] + beta * means[1]).to(dtype), terms
@@ -152,39 +144,54 @@ class _FusedLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: object) -> tuple[Any, ...]:
-        hidden, weight, labels, counts, *saved = ctx.saved_tensors
-        stats, orders = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        hidden, weight, labels, *saved = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grads_hidden = []
-        grad_weight = torch.zeros_like(weight) if need_weight and not stats else None
-        for index, (chunk_stats, order) in enumerate(zip(stats, orders, strict=True)):
-            rows = slice(index * ctx.chunk_rows, (index + 1) * ctx.chunk_rows)
-            logits = hidden[rows] @ weight.t()
+        if len(hidden) == 0:
+            return torch.zeros_like(hidden), torch.zeros_like(weight), *(None,) * 6
+        grad_hidden = grad_weight = None
+        if need_hidden:
+            grad_hidden = torch.zeros_like(hidden, dtype=reference.arithmetic(hidden))
+        if need_weight:
+            grad_weight = torch.empty_like(weight)
+        columns = chunk_size(ctx.chunk_bytes, len(hidden) * hidden.element_size())
+        for begin in range(0, len(weight), columns):
+            part = weight[begin : begin + columns]
+            logits = hidden @ part.t()
+            # A label outside the slice is none of its columns.
             gradient(
                 grad_loss,
                 logits,
-                labels[rows],
-                chunk_stats,
-                order,
-                counts,
+                labels - begin,
+                *saved,
                 temperature=ctx.temperature,
                 beta=ctx.beta,
                 inplace=True,
                 backend=ctx.backend,
             )
-            if need_hidden:
-                grads_hidden.append(logits @ weight)
-            if need_weight:
-                part = logits.t() @ hidden[rows]
-                if grad_weight is not None:
-                    grad_weight.add_(part)
-                else:
-                    grad_weight = part.to(ctx.accumulate_dtype) if len(stats) > 1 else part
-                del part
+            if grad_hidden is not None:
+                _add_product(grad_hidden, logits, part)
+            if grad_weight is not None:
+                _put_product(grad_weight[begin : begin + columns], logits.t(), hidden)
+            # Before the next slice is made.
             del logits
-        grad_hidden = None
-        if need_hidden:
-            grad_hidden = torch.cat(grads_hidden) if grads_hidden else torch.zeros_like(hidden)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, *(None,) * 7
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, *(None,) * 6
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, which is not rounded to the dtype of its factors where a GPU can."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and not torch.compiler.is_compiling():
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total.add_(a @ b)
+
+
+def _put_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """out = a @ b."""
+    if torch.compiler.is_compiling():
+        out.copy_(a @ b)
+    else:
+        torch.mm(a, b, out=out)

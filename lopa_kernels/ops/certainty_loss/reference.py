@@ -87,7 +87,8 @@ def gradient(
     temperature: float,
     beta: float,
 ) -> torch.Tensor:
-    """The gradient in the logits, like them.
+    """The gradient in the logits, like them; these may be some columns of the rows whose `stats`
+    there are, with labels counted from the first of them: one outside is none of theirs.
 
     With p = softmax(x), q = softmax(x / temperature) and H the entropy of q,
 
@@ -102,7 +103,8 @@ def gradient(
 
     x = x - m
     cross = (x - log_sum).exp()
-    cross = cross.scatter_add(-1, label[:, None], torch.full_like(m, -1.0))
+    inside = ((label >= 0) & (label < vocab)).to(dtype)
+    cross = cross.scatter_add(-1, label.clamp(0, vocab - 1)[:, None], -inside[:, None])
     q_log = x / temperature - tempered
     q = q_log.exp()
     tilt = torch.where(q > 0, -q * (q_log + entropy) / temperature, 0.0)
