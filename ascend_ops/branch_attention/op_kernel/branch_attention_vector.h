@@ -1,0 +1,586 @@
+// branch_attention on a vector core: the online softmax of its half of a tile's rows, and the
+// running output, in fp32. A row's maximum, sum and rescaling factor fill a block of 8 equal floats,
+// so that instructions with a block stride of 0 apply them to whole rows.
+#pragma once
+
+#include "branch_attention_job.h"
+#include "kernel_operator.h"
+
+namespace branch_attention {
+
+// The rows that a vector core owns of a job, [begin, end), multiples of 16.
+struct Half {
+  uint32_t begin;
+  uint32_t end;
+};
+
+__aicore__ inline Half OwnHalf(const Job& job, uint32_t subBlock) {
+  const uint32_t middle = (job.rows / 16 + 1) / 2 * 16;
+  return subBlock == 0 ? Half{0, middle} : Half{middle, job.rows};
+}
+
+// Below every score, yet finite: the difference of two of them is 0 and not NaN.
+constexpr float MASKED = -3.0e38f;
+constexpr uint32_t LANES = 64;  // floats of a repeat
+constexpr uint32_t BLOCK = 8;   // floats of a block of 32 bytes
+constexpr uint32_t CHUNK_ROWS = 32;
+
+// Multiplies or divides rows of `width` floats by a block of 8 equal floats each.
+template <bool divide>
+__aicore__ inline void ScaleRows(const AscendC::LocalTensor<float>& matrix,
+                                 const AscendC::LocalTensor<float>& factors, uint32_t rows,
+                                 uint32_t width) {
+  const uint8_t stride = width / BLOCK;
+  const AscendC::BinaryRepeatParams params(1, 1, 0, stride, stride, 1);
+  for (uint32_t d = 0; d < width; d += LANES) {
+    const uint64_t lanes = Smaller(width - d, LANES);
+    if constexpr (divide) {
+      AscendC::Div(matrix[d], matrix[d], factors, lanes, rows, params);
+    } else {
+      AscendC::Mul(matrix[d], matrix[d], factors, lanes, rows, params);
+    }
+  }
+}
+
+template <typename T>
+class VectorSide {
+ public:
+  __aicore__ inline void Init(GM_ADDR out, GM_ADDR lse, GM_ADDR workspace, Schedule* schedule,
+                              const BranchAttentionTiling* tiling, AscendC::TPipe* pipe) {
+    t = tiling;
+    work = schedule;
+    core = AscendC::GetBlockIdx() / VECTORS_PER_CUBE;
+    subBlock = AscendC::GetSubBlockIdx();
+    const uint64_t outRows =
+        static_cast<uint64_t>(t->batch) * t->branches * t->window * t->queryHeads;
+    outGm.SetGlobalBuffer((__gm__ T*)out, outRows * t->headDim);
+    if (t->withLse != 0) {
+      lseGm.SetGlobalBuffer((__gm__ float*)lse, outRows);
+    }
+    const uint32_t rows = 2 * BRANCH_ATTENTION_TILE_ROWS;
+    const uint32_t scores = rows * BRANCH_ATTENTION_KEYS;
+    const uint64_t block = core;
+    scoreGm.SetGlobalBuffer((__gm__ float*)(workspace + t->scoreOffset) + block * scores, scores);
+    weightGm.SetGlobalBuffer((__gm__ T*)(workspace + t->weightOffset) + block * scores, scores);
+    const uint32_t products = rows * t->headDim;
+    productGm.SetGlobalBuffer((__gm__ float*)(workspace + t->valueOffset) + block * products,
+                              products);
+    if (t->splits > 1) {
+      const uint64_t partialRows = static_cast<uint64_t>(t->jobs) * BRANCH_ATTENTION_TILE_ROWS;
+      partialGm.SetGlobalBuffer((__gm__ float*)(workspace + t->partialOffset),
+                                partialRows * t->headDim);
+      stateGm.SetGlobalBuffer((__gm__ float*)(workspace + t->partialStateOffset),
+                              partialRows * 2 * BLOCK);
+    }
+
+    constexpr uint32_t chunk = CHUNK_ROWS * BRANCH_ATTENTION_KEYS;
+    constexpr uint32_t states = HALF_ROWS * BLOCK * sizeof(float);
+    pipe->InitBuffer(scoreQueue, 2, chunk * sizeof(float));
+    pipe->InitBuffer(productQueue, 2, chunk * sizeof(float));
+    pipe->InitBuffer(outQueue, 2, chunk * sizeof(T));
+    pipe->InitBuffer(lseQueue, 1, states);
+    pipe->InitBuffer(outputBuffer, HALF_ROWS * t->headDim * sizeof(float));
+    pipe->InitBuffer(maximumBuffer, states);
+    pipe->InitBuffer(sumBuffer, states);
+    pipe->InitBuffer(rescaleBuffer, 2 * states);
+    pipe->InitBuffer(foldBuffer, CHUNK_ROWS * LANES * sizeof(float));
+    pipe->InitBuffer(reducedBuffer, CHUNK_ROWS * sizeof(float));
+    pipe->InitBuffer(spreadBuffer, CHUNK_ROWS * BLOCK * sizeof(float));
+    output = outputBuffer.template Get<float>();
+    maximum = maximumBuffer.template Get<float>();
+    sum = sumBuffer.template Get<float>();
+    rescale = rescaleBuffer.template Get<float>();
+    fold = foldBuffer.template Get<float>();
+    reduced = reducedBuffer.template Get<float>();
+    spread = spreadBuffer.template Get<float>();
+  }
+
+  __aicore__ inline void Process() {
+    for (uint32_t index = core; index < t->jobs; index += t->cores) {
+      Job job;
+      work->Get(index, job);
+      if (work->IsLastSplit(job)) {
+        WriteDeadRows(job);
+      }
+      Step step;
+      work->First(job, step);
+      if (!step.valid) {
+        continue;
+      }
+      half = OwnHalf(job, subBlock);
+      StartRows();
+      Softmax(job, step, slot);
+      while (step.valid) {
+        Step ahead = step;
+        work->Next(job, ahead);
+        if (ahead.valid) {
+          Softmax(job, ahead, slot ^ 1);
+        }
+        Accumulate(step, slot);
+        step = ahead;
+        slot ^= 1;
+      }
+      if (t->splits == 1) {
+        FinishRows(job);
+      } else {
+        StorePart(index);
+      }
+    }
+    if (t->splits > 1) {
+      AscendC::SyncAll();
+      Merge();
+    }
+  }
+
+ private:
+  static constexpr uint32_t VECTORS_PER_CUBE = 2;
+  static constexpr uint32_t HALF_ROWS = BRANCH_ATTENTION_TILE_ROWS / 2;
+  static constexpr uint32_t STATE = HALF_ROWS * BLOCK;
+
+  __aicore__ inline void Settle() { AscendC::PipeBarrier<PIPE_V>(); }
+
+  __aicore__ inline void StartRows() {
+    const uint32_t rows = half.end - half.begin;
+    if (rows == 0) {
+      return;
+    }
+    AscendC::Duplicate(output, 0.0f, rows * t->headDim);
+    AscendC::Duplicate(maximum, MASKED, rows * BLOCK);
+    AscendC::Duplicate(sum, 0.0f, rows * BLOCK);
+    Settle();
+  }
+
+  // The rows of a step that this core owns.
+  __aicore__ inline Half Own(const Step& step) const {
+    const uint32_t begin = step.rowBegin > half.begin ? step.rowBegin : half.begin;
+    const uint32_t end = Smaller(step.rowEnd, half.end);
+    return {begin, end > begin ? end : begin};
+  }
+
+  __aicore__ inline void Softmax(const Job& job, const Step& step, uint32_t from) {
+    AscendC::CrossCoreWaitFlag(SCORES_READY + from);
+    const Half own = Own(step);
+    if (own.begin == own.end) {
+      // The flag below also says that P V of two steps ago has been read; with rows of its own the
+      // softmax orders MTE3 after that read, without them this does.
+      const AscendC::TEventID read = GetTPipePtr()->FetchEventID(AscendC::HardEvent::MTE2_MTE3);
+      AscendC::SetFlag<AscendC::HardEvent::MTE2_MTE3>(read);
+      AscendC::WaitFlag<AscendC::HardEvent::MTE2_MTE3>(read);
+    }
+    for (uint32_t row = own.begin; row < own.end; row += CHUNK_ROWS) {
+      SoftmaxRows(job, step, row, Smaller(own.end - row, CHUNK_ROWS), from);
+    }
+    AscendC::CrossCoreSetFlag<2, PIPE_MTE3>(WEIGHTS_READY + from);
+  }
+
+  __aicore__ inline void SoftmaxRows(const Job& job, const Step& step, uint32_t row, uint32_t rows,
+                                     uint32_t from) {
+    constexpr uint32_t keys = BRANCH_ATTENTION_KEYS;
+    constexpr uint8_t stride = keys / BLOCK;
+    const uint32_t computed = AlignUp(step.keys, 16);
+    const uint64_t place = (from * BRANCH_ATTENTION_TILE_ROWS + row) * keys;
+    {
+      AscendC::LocalTensor<float> scores = scoreQueue.template AllocTensor<float>();
+      AscendC::DataCopyParams copy;
+      copy.blockCount = rows;
+      copy.blockLen = computed / BLOCK;
+      copy.srcStride = (keys - computed) / BLOCK;
+      copy.dstStride = (keys - computed) / BLOCK;
+      AscendC::DataCopy(scores, scoreGm[place], copy);
+      scoreQueue.EnQue(scores);
+    }
+    AscendC::LocalTensor<float> scores = scoreQueue.template DeQue<float>();
+    const AscendC::UnaryRepeatParams rowwise(1, 1, stride, stride);
+    AscendC::Muls(scores, scores, t->scale, static_cast<uint64_t>(Smaller(computed, LANES)), rows,
+                  rowwise);
+    if (computed > LANES) {
+      AscendC::Muls(scores[LANES], scores[LANES], t->scale,
+                    static_cast<uint64_t>(computed - LANES), rows, rowwise);
+    }
+    Settle();
+    Mask(job, step, row, rows, scores);
+
+    const uint32_t local = (row - half.begin) * BLOCK;
+    AscendC::LocalTensor<float> factor = rescale[from * STATE + local];
+    AscendC::Max(fold, scores, scores[LANES], static_cast<uint64_t>(LANES), rows,
+                 AscendC::BinaryRepeatParams(1, 1, 1, BLOCK, stride, stride));
+    Settle();
+    AscendC::WholeReduceMax<float>(reduced, fold, LANES, rows, 1, 1, BLOCK,
+                                   AscendC::ReduceOrder::ORDER_ONLY_VALUE);
+    Settle();
+    SpreadRows(rows);
+    AscendC::Max(spread, spread, maximum[local], rows * BLOCK);
+    Settle();
+    AscendC::Sub(factor, maximum[local], spread, rows * BLOCK);
+    const AscendC::BinaryRepeatParams byRow(1, 1, 0, stride, stride, 1);
+    AscendC::Sub(scores, scores, spread, static_cast<uint64_t>(LANES), rows, byRow);
+    AscendC::Sub(scores[LANES], scores[LANES], spread, static_cast<uint64_t>(LANES), rows, byRow);
+    Settle();
+    AscendC::Adds(maximum[local], spread, 0.0f, rows * BLOCK);
+    AscendC::Exp(factor, factor, rows * BLOCK);
+    AscendC::Exp(scores, scores, rows * keys);
+    Settle();
+
+    AscendC::LocalTensor<T> weights = outQueue.template AllocTensor<T>();
+    AscendC::Cast(weights, scores, AscendC::RoundMode::CAST_RINT, rows * keys);
+    AscendC::Add(fold, scores, scores[LANES], static_cast<uint64_t>(LANES), rows,
+                 AscendC::BinaryRepeatParams(1, 1, 1, BLOCK, stride, stride));
+    outQueue.EnQue(weights);
+    Settle();
+    scoreQueue.FreeTensor(scores);
+    AscendC::WholeReduceSum<float>(reduced, fold, LANES, rows, 1, 1, BLOCK);
+    AscendC::Mul(sum[local], sum[local], factor, rows * BLOCK);
+    Settle();
+    SpreadRows(rows);
+    AscendC::Add(sum[local], sum[local], spread, rows * BLOCK);
+    Settle();
+
+    weights = outQueue.template DeQue<T>();
+    AscendC::DataCopyParams copy;
+    constexpr uint32_t unit = 32 / sizeof(T);
+    copy.blockCount = rows;
+    copy.blockLen = computed / unit;
+    copy.srcStride = (keys - computed) / unit;
+    copy.dstStride = (keys - computed) / unit;
+    AscendC::DataCopy(weightGm[place], weights, copy);
+    outQueue.FreeTensor(weights);
+  }
+
+  // Each of `rows` values of `reduced` to a block of `spread`.
+  __aicore__ inline void SpreadRows(uint32_t rows) {
+    AscendC::Brcb(spread, reduced, rows / BLOCK, AscendC::BrcbRepeatParams(1, BLOCK));
+    Settle();
+  }
+
+  // Every score that a row does not see becomes MASKED, whatever it was, up to the end of the step.
+  __aicore__ inline void Mask(const Job& job, const Step& step, uint32_t row, uint32_t rows,
+                              const AscendC::LocalTensor<float>& scores) {
+    if (step.cached || t->blockSize == 0) {
+      MaskFrom(scores, rows, step.keys);
+      Settle();
+      return;
+    }
+    const uint32_t first = job.segmentRow[step.segment];
+    const uint32_t live = first + job.columns[step.segment] * t->group;
+    uint32_t at = row;
+    while (at < row + rows) {
+      uint32_t end = row + rows;
+      uint32_t seen = step.keys;
+      if (at < live) {
+        // Neighbouring columns of one block see the same keys.
+        const uint32_t column = (at - first) / t->group;
+        const uint32_t visible = Visible(job, step, column);
+        uint32_t next = column + 1;
+        while (next < job.columns[step.segment] && first + next * t->group < end &&
+               Visible(job, step, next) == visible) {
+          ++next;
+        }
+        end = Smaller(end, first + next * t->group);
+        seen = visible > step.key ? Smaller(visible - step.key, step.keys) : 0;
+      }
+      MaskFrom(scores[(at - row) * BRANCH_ATTENTION_KEYS], end - at, seen);
+      at = end;
+    }
+    Settle();
+  }
+
+  __aicore__ inline uint32_t Visible(const Job& job, const Step& step, uint32_t column) const {
+    return work->VisibleColumns(job, step.segment, job.firstColumn + column);
+  }
+
+  __aicore__ inline void MaskFrom(const AscendC::LocalTensor<float>& scores, uint32_t rows,
+                                  uint32_t seen) {
+    constexpr uint8_t stride = BRANCH_ATTENTION_KEYS / BLOCK;
+    for (uint32_t lane = 0; lane < BRANCH_ATTENTION_KEYS; lane += LANES) {
+      const uint32_t kept = seen > lane ? seen - lane : 0;
+      if (kept < LANES) {
+        uint64_t mask[2] = {~uint64_t{0} << kept, 0};
+        AscendC::Duplicate(scores[lane], MASKED, mask, rows, 1, stride);
+      }
+    }
+  }
+
+  __aicore__ inline void Accumulate(const Step& step, uint32_t from) {
+    AscendC::CrossCoreWaitFlag(VALUES_READY + from);
+    const Half own = Own(step);
+    for (uint32_t row = own.begin; row < own.end; row += CHUNK_ROWS) {
+      const uint32_t rows = Smaller(own.end - row, CHUNK_ROWS);
+      AscendC::LocalTensor<float> loading = productQueue.template AllocTensor<float>();
+      AscendC::DataCopy(loading,
+                        productGm[(from * BRANCH_ATTENTION_TILE_ROWS + row) * t->headDim],
+                        rows * t->headDim);
+      productQueue.EnQue(loading);
+      const uint32_t local = row - half.begin;
+      AscendC::LocalTensor<float> sums = output[local * t->headDim];
+      ScaleRows<false>(sums, rescale[from * STATE + local * BLOCK], rows, t->headDim);
+      Settle();
+      AscendC::LocalTensor<float> products = productQueue.template DeQue<float>();
+      AscendC::Add(sums, sums, products, rows * t->headDim);
+      Settle();
+      productQueue.FreeTensor(products);
+    }
+  }
+
+  // Output and lse of the own half, from the running state.
+  __aicore__ inline void FinishRows(const Job& job) {
+    const uint32_t all = half.end - half.begin;
+    for (uint32_t local = 0; local < all; local += CHUNK_ROWS) {
+      const uint32_t rows = Smaller(all - local, CHUNK_ROWS);
+      WriteRows(job, half.begin + local, rows, output[local * t->headDim], sum[local * BLOCK]);
+      if (t->withLse != 0) {
+        WriteLse(job, half.begin + local, rows, maximum[local * BLOCK], sum[local * BLOCK]);
+      }
+    }
+  }
+
+  // Divides rows of a tile by their sums and writes those that are live.
+  __aicore__ inline void WriteRows(const Job& job, uint32_t row, uint32_t rows,
+                                   const AscendC::LocalTensor<float>& sums,
+                                   const AscendC::LocalTensor<float>& denominators) {
+    ScaleRows<true>(sums, denominators, rows, t->headDim);
+    Settle();
+    AscendC::LocalTensor<T> result = outQueue.template AllocTensor<T>();
+    AscendC::Cast(result, sums, AscendC::RoundMode::CAST_RINT, rows * t->headDim);
+    outQueue.EnQue(result);
+    result = outQueue.template DeQue<T>();
+    for (uint32_t i = 0; i < job.segments; ++i) {
+      const uint32_t first = job.segmentRow[i];
+      const uint32_t live = Smaller(first + job.columns[i] * t->group, row + rows);
+      uint32_t at = row > first ? row : first;
+      while (at < live) {
+        const uint32_t column = (at - first) / t->group;
+        const uint32_t head = (at - first) % t->group;
+        const uint32_t run = Smaller(t->group - head, live - at);
+        AscendC::DataCopy(outGm[OutRow(job, i, column, head) * t->headDim],
+                          result[(at - row) * t->headDim], run * t->headDim);
+        at += run;
+      }
+    }
+    outQueue.FreeTensor(result);
+  }
+
+  // Row of `out` of a column of a segment and a query head of the job's KV head.
+  __aicore__ inline uint64_t OutRow(const Job& job, uint32_t segment, uint32_t column,
+                                    uint32_t head) const {
+    const uint64_t branch =
+        static_cast<uint64_t>(job.batch) * t->branches + job.firstBranch + segment;
+    return (branch * t->window + job.firstColumn + column) * t->queryHeads +
+           job.kvHead * t->group + head;
+  }
+
+  // The place in lse, [B, K, Hq, W].
+  __aicore__ inline uint64_t LseAt(const Job& job, uint32_t segment, uint32_t column,
+                                   uint32_t head) const {
+    const uint64_t branch =
+        static_cast<uint64_t>(job.batch) * t->branches + job.firstBranch + segment;
+    return (branch * t->queryHeads + job.kvHead * t->group + head) * t->window + job.firstColumn +
+           column;
+  }
+
+  __aicore__ inline void WriteLse(const Job& job, uint32_t row, uint32_t rows,
+                                  const AscendC::LocalTensor<float>& maxima,
+                                  const AscendC::LocalTensor<float>& sums) {
+    AscendC::LocalTensor<float> lse = lseQueue.template AllocTensor<float>();
+    AscendC::Ln(lse, sums, rows * BLOCK);
+    Settle();
+    AscendC::Add(lse, lse, maxima, rows * BLOCK);
+    lseQueue.EnQue(lse);
+    lse = lseQueue.template DeQue<float>();
+    for (uint32_t i = 0; i < job.segments; ++i) {
+      const uint32_t first = job.segmentRow[i];
+      const uint32_t live = Smaller(first + job.columns[i] * t->group, row + rows);
+      const uint32_t begin = row > first ? row : first;
+      for (uint32_t at = begin; at < Smaller(live, begin + t->group); ++at) {
+        // Rows of one head are `group` apart; their columns are neighbours in lse.
+        AscendC::DataCopyExtParams copy;
+        copy.blockCount = (live - at + t->group - 1) / t->group;
+        copy.blockLen = sizeof(float);
+        copy.srcStride = t->group - 1;
+        copy.dstStride = 0;
+        AscendC::DataCopyPad(
+            lseGm[LseAt(job, i, (at - first) / t->group, (at - first) % t->group)],
+            lse[(at - row) * BLOCK], copy);
+      }
+    }
+    lseQueue.FreeTensor(lse);
+  }
+
+  // Columns at or beyond `length`: 0, and lse -inf. The two vector cores share the branches.
+  __aicore__ inline void WriteDeadRows(const Job& job) {
+    bool any = false;
+    for (uint32_t i = subBlock; i < job.segments; i += VECTORS_PER_CUBE) {
+      any = any || job.columns[i] < job.tileColumns;
+    }
+    if (!any) {
+      return;
+    }
+    constexpr uint32_t columnsAtOnce = HALF_ROWS * BLOCK;
+    AscendC::LocalTensor<T> zeros = outQueue.template AllocTensor<T>();
+    AscendC::Duplicate(zeros, static_cast<T>(0.0f), CHUNK_ROWS * t->headDim);
+    outQueue.EnQue(zeros);
+    zeros = outQueue.template DeQue<T>();
+    AscendC::LocalTensor<float> nothing = lseQueue.template AllocTensor<float>();
+    AscendC::Duplicate(nothing, -__builtin_inff(), columnsAtOnce);
+    lseQueue.EnQue(nothing);
+    nothing = lseQueue.template DeQue<float>();
+    for (uint32_t i = subBlock; i < job.segments; i += VECTORS_PER_CUBE) {
+      for (uint32_t column = job.columns[i]; column < job.tileColumns; ++column) {
+        for (uint32_t head = 0; head < t->group; head += CHUNK_ROWS) {
+          AscendC::DataCopy(outGm[OutRow(job, i, column, head) * t->headDim], zeros,
+                            Smaller(t->group - head, CHUNK_ROWS) * t->headDim);
+        }
+      }
+      if (t->withLse == 0) {
+        continue;
+      }
+      for (uint32_t head = 0; head < t->group; ++head) {
+        for (uint32_t column = job.columns[i]; column < job.tileColumns; column += columnsAtOnce) {
+          AscendC::DataCopyExtParams copy;
+          copy.blockCount = 1;
+          copy.blockLen = Smaller(job.tileColumns - column, columnsAtOnce) * sizeof(float);
+          copy.srcStride = 0;
+          copy.dstStride = 0;
+          AscendC::DataCopyPad(lseGm[LseAt(job, i, column, head)], nothing, copy);
+        }
+      }
+    }
+    lseQueue.FreeTensor(nothing);
+    outQueue.FreeTensor(zeros);
+  }
+
+  // The running state of the own half as it is, for Merge.
+  __aicore__ inline void StorePart(uint32_t index) {
+    const uint32_t rows = half.end - half.begin;
+    if (rows == 0) {
+      return;
+    }
+    const AscendC::TEventID ready =
+        GetTPipePtr()->FetchEventID(AscendC::HardEvent::V_MTE3);
+    AscendC::SetFlag<AscendC::HardEvent::V_MTE3>(ready);
+    AscendC::WaitFlag<AscendC::HardEvent::V_MTE3>(ready);
+    const uint64_t first = static_cast<uint64_t>(index) * BRANCH_ATTENTION_TILE_ROWS + half.begin;
+    AscendC::DataCopy(partialGm[first * t->headDim], output, rows * t->headDim);
+    AscendC::DataCopy(stateGm[StateAt(index, 0, half.begin)], maximum, rows * BLOCK);
+    AscendC::DataCopy(stateGm[StateAt(index, 1, half.begin)], sum, rows * BLOCK);
+    const AscendC::TEventID stored =
+        GetTPipePtr()->FetchEventID(AscendC::HardEvent::MTE3_V);
+    AscendC::SetFlag<AscendC::HardEvent::MTE3_V>(stored);
+    AscendC::WaitFlag<AscendC::HardEvent::MTE3_V>(stored);
+  }
+
+  __aicore__ inline uint64_t StateAt(uint32_t index, uint32_t which, uint32_t row) const {
+    return ((static_cast<uint64_t>(index) * 2 + which) * BRANCH_ATTENTION_TILE_ROWS + row) * BLOCK;
+  }
+
+  // Parts of split tiles, joined in the order of the prefix; chunks of rows are dealt to all cores.
+  __aicore__ inline void Merge() {
+    constexpr uint32_t chunks = BRANCH_ATTENTION_TILE_ROWS / CHUNK_ROWS;
+    const uint32_t heads = t->batch * t->kvHeads;
+    const uint32_t units = heads * t->tilesPerHead * chunks;
+    const uint32_t own = core * VECTORS_PER_CUBE + subBlock;
+    for (uint32_t unit = own; unit < units; unit += t->cores * VECTORS_PER_CUBE) {
+      const uint32_t row = unit % chunks * CHUNK_ROWS;
+      const uint32_t tile = unit / chunks % t->tilesPerHead;
+      const uint32_t head = unit / chunks / t->tilesPerHead;
+      Job job;
+      work->Make(head, tile, t->splits - 1, job);
+      if (row < job.rows) {
+        MergeRows(job, head, row, Smaller(job.rows - row, CHUNK_ROWS));
+      }
+    }
+  }
+
+  __aicore__ inline void MergeRows(const Job& last, uint32_t head, uint32_t row, uint32_t rows) {
+    const uint32_t cells = rows * BLOCK;
+    const uint32_t numbers = rows * t->headDim;
+    AscendC::Duplicate(output, 0.0f, numbers);
+    AscendC::Duplicate(maximum, MASKED, cells);
+    AscendC::Duplicate(sum, 0.0f, cells);
+    Settle();
+    for (uint32_t split = 0; split < t->splits; ++split) {
+      Job job;
+      work->Make(head, last.tile, split, job);
+      Step step;
+      work->First(job, step);
+      if (!step.valid) {
+        continue;
+      }
+      const uint32_t index = (head * t->splits + split) * t->tilesPerHead + last.tile;
+      AscendC::LocalTensor<float> state = scoreQueue.template AllocTensor<float>();
+      AscendC::DataCopy(state, stateGm[StateAt(index, 0, row)], cells);
+      AscendC::DataCopy(state[STATE], stateGm[StateAt(index, 1, row)], cells);
+      scoreQueue.EnQue(state);
+      AscendC::LocalTensor<float> part = productQueue.template AllocTensor<float>();
+      AscendC::DataCopy(
+          part,
+          partialGm[(static_cast<uint64_t>(index) * BRANCH_ATTENTION_TILE_ROWS + row) * t->headDim],
+          numbers);
+      productQueue.EnQue(part);
+
+      state = scoreQueue.template DeQue<float>();
+      AscendC::LocalTensor<float> before = rescale;
+      AscendC::LocalTensor<float> here = rescale[STATE];
+      AscendC::Max(spread, maximum, state, cells);
+      Settle();
+      AscendC::Sub(before, maximum, spread, cells);
+      AscendC::Sub(here, state, spread, cells);
+      Settle();
+      AscendC::Adds(maximum, spread, 0.0f, cells);
+      AscendC::Exp(before, before, cells);
+      AscendC::Exp(here, here, cells);
+      Settle();
+      AscendC::Mul(sum, sum, before, cells);
+      AscendC::Mul(state[STATE], state[STATE], here, cells);
+      Settle();
+      AscendC::Add(sum, sum, state[STATE], cells);
+      Settle();
+      scoreQueue.FreeTensor(state);
+      part = productQueue.template DeQue<float>();
+      ScaleRows<false>(output, before, rows, t->headDim);
+      ScaleRows<false>(part, here, rows, t->headDim);
+      Settle();
+      AscendC::Add(output, output, part, numbers);
+      Settle();
+      productQueue.FreeTensor(part);
+    }
+    WriteRows(last, row, rows, output, sum);
+    if (t->withLse != 0) {
+      WriteLse(last, row, rows, maximum, sum);
+    }
+    Settle();
+  }
+
+  const BranchAttentionTiling* t;
+  Schedule* work;
+  uint32_t core;
+  uint32_t subBlock;
+  uint32_t slot = 0;
+  Half half;
+  AscendC::GlobalTensor<T> outGm;
+  AscendC::GlobalTensor<float> lseGm;
+  AscendC::GlobalTensor<float> scoreGm;
+  AscendC::GlobalTensor<T> weightGm;
+  AscendC::GlobalTensor<float> productGm;
+  AscendC::GlobalTensor<float> partialGm;
+  AscendC::GlobalTensor<float> stateGm;
+  AscendC::TQue<AscendC::TPosition::VECIN, 1> scoreQueue;
+  AscendC::TQue<AscendC::TPosition::VECIN, 1> productQueue;
+  AscendC::TQue<AscendC::TPosition::VECOUT, 1> outQueue;
+  AscendC::TQue<AscendC::TPosition::VECOUT, 1> lseQueue;
+  AscendC::TBuf<AscendC::TPosition::VECCALC> outputBuffer;
+  AscendC::TBuf<AscendC::TPosition::VECCALC> maximumBuffer;
+  AscendC::TBuf<AscendC::TPosition::VECCALC> sumBuffer;
+  AscendC::TBuf<AscendC::TPosition::VECCALC> rescaleBuffer;
+  AscendC::TBuf<AscendC::TPosition::VECCALC> foldBuffer;
+  AscendC::TBuf<AscendC::TPosition::VECCALC> reducedBuffer;
+  AscendC::TBuf<AscendC::TPosition::VECCALC> spreadBuffer;
+  AscendC::LocalTensor<float> output;
+  AscendC::LocalTensor<float> maximum;
+  AscendC::LocalTensor<float> sum;
+  AscendC::LocalTensor<float> rescale;
+  AscendC::LocalTensor<float> fold;
+  AscendC::LocalTensor<float> reduced;
+  AscendC::LocalTensor<float> spread;
+};
+
+}  // namespace branch_attention
