@@ -3,9 +3,9 @@
 
 namespace ops {
 
-class LopaKvCommit : public OpDef {
+class KvCommit : public OpDef {
  public:
-  explicit LopaKvCommit(const char* name) : OpDef(name) {
+  explicit KvCommit(const char* name) : OpDef(name) {
     addInput(*this, "k_cache", REQUIRED, kRows);
     addInput(*this, "v_cache", REQUIRED, kRows);
     addInput(*this, "k_window", REQUIRED, kRows);
@@ -21,6 +21,6 @@ class LopaKvCommit : public OpDef {
   }
 };
 
-OP_ADD(LopaKvCommit);
+OP_ADD(KvCommit);
 
 }  // namespace ops

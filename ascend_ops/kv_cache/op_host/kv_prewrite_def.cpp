@@ -5,9 +5,9 @@
 
 namespace ops {
 
-class LopaKvPrewrite : public OpDef {
+class KvPrewrite : public OpDef {
  public:
-  explicit LopaKvPrewrite(const char* name) : OpDef(name) {
+  explicit KvPrewrite(const char* name) : OpDef(name) {
     addInput(*this, "k_window", REQUIRED, kRows);
     addInput(*this, "v_window", REQUIRED, kRows);
     addInput(*this, "k", REQUIRED, kRows);
@@ -21,9 +21,9 @@ class LopaKvPrewrite : public OpDef {
   }
 };
 
-class LopaKvPrewriteDirect : public OpDef {
+class KvPrewriteDirect : public OpDef {
  public:
-  explicit LopaKvPrewriteDirect(const char* name) : OpDef(name) {
+  explicit KvPrewriteDirect(const char* name) : OpDef(name) {
     addInput(*this, "k_window", REQUIRED, kRows);
     addInput(*this, "v_window", REQUIRED, kRows);
     addInput(*this, "k_cache", REQUIRED, kRows);
@@ -44,9 +44,9 @@ class LopaKvPrewriteDirect : public OpDef {
   }
 };
 
-class LopaQkvPrewrite : public OpDef {
+class QkvPrewrite : public OpDef {
  public:
-  explicit LopaQkvPrewrite(const char* name) : OpDef(name) {
+  explicit QkvPrewrite(const char* name) : OpDef(name) {
     addInput(*this, "q", REQUIRED, kRows);
     addInput(*this, "k_window", REQUIRED, kRows);
     addInput(*this, "v_window", REQUIRED, kRows);
@@ -61,9 +61,9 @@ class LopaQkvPrewrite : public OpDef {
   }
 };
 
-class LopaQkvPrewriteDirect : public OpDef {
+class QkvPrewriteDirect : public OpDef {
  public:
-  explicit LopaQkvPrewriteDirect(const char* name) : OpDef(name) {
+  explicit QkvPrewriteDirect(const char* name) : OpDef(name) {
     addInput(*this, "q", REQUIRED, kRows);
     addInput(*this, "k_window", REQUIRED, kRows);
     addInput(*this, "v_window", REQUIRED, kRows);
@@ -85,9 +85,9 @@ class LopaQkvPrewriteDirect : public OpDef {
   }
 };
 
-OP_ADD(LopaKvPrewrite);
-OP_ADD(LopaKvPrewriteDirect);
-OP_ADD(LopaQkvPrewrite);
-OP_ADD(LopaQkvPrewriteDirect);
+OP_ADD(KvPrewrite);
+OP_ADD(KvPrewriteDirect);
+OP_ADD(QkvPrewrite);
+OP_ADD(QkvPrewriteDirect);
 
 }  // namespace ops
