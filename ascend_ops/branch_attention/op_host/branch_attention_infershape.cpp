@@ -1,9 +1,9 @@
 #include "register/op_impl_registry.h"
 
 namespace ops {
+namespace {
 
-static ge::graphStatus InferShapeBranchAttention(gert::InferShapeContext* context) {
-  constexpr size_t kReturnLse = 4;
+ge::graphStatus InferShape(gert::InferShapeContext* context) {
   const gert::Shape* q = context->GetInputShape(0);
   gert::Shape* out = context->GetOutputShape(0);
   gert::Shape* lse = context->GetOutputShape(1);
@@ -11,27 +11,22 @@ static ge::graphStatus InferShapeBranchAttention(gert::InferShapeContext* contex
     return ge::GRAPH_FAILED;
   }
   *out = *q;
-  if (*context->GetAttrs()->GetBool(kReturnLse)) {
-    lse->SetDimNum(4);
-    lse->SetDim(0, q->GetDim(0));
-    lse->SetDim(1, q->GetDim(1));
-    lse->SetDim(2, q->GetDim(3));
-    lse->SetDim(3, q->GetDim(2));
-  } else {
-    lse->SetDimNum(1);
-    lse->SetDim(0, 0);
-  }
+  lse->SetDimNum(4);
+  lse->SetDim(0, q->GetDim(0));
+  lse->SetDim(1, q->GetDim(1));
+  lse->SetDim(2, q->GetDim(3));
+  lse->SetDim(3, q->GetDim(2));
   return ge::GRAPH_SUCCESS;
 }
 
-static ge::graphStatus InferDataTypeBranchAttention(gert::InferDataTypeContext* context) {
+ge::graphStatus InferDataType(gert::InferDataTypeContext* context) {
   context->SetOutputDataType(0, context->GetInputDataType(0));
   context->SetOutputDataType(1, ge::DT_FLOAT);
   return ge::GRAPH_SUCCESS;
 }
 
-IMPL_OP_INFERSHAPE(BranchAttention)
-    .InferShape(InferShapeBranchAttention)
-    .InferDataType(InferDataTypeBranchAttention);
+}  // namespace
+
+IMPL_OP_INFERSHAPE(LopaBranchAttention).InferShape(InferShape).InferDataType(InferDataType);
 
 }  // namespace ops

@@ -1,5 +1,6 @@
 #include "branch_attention_tiling.h"
 
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 
@@ -9,8 +10,9 @@
 namespace optiling {
 namespace {
 
-enum Input { kQ, kKeyCache, kValueCache, kKeyWindow, kValueWindow, kCacheLen, kLength, kPromptLen };
-enum Attribute { kScale, kMask, kBlockSize, kCacheLayout, kReturnLse };
+enum Input { kQ, kKeyCache, kValueCache, kKeyWindow, kValueWindow, kCacheLen, kLength, kPromptLen,
+             kBlockTable };
+enum Attribute { kMask, kBlockSize, kScale, kCacheLayout };
 
 ge::graphStatus Refuse(const char* argument, const char* expected) {
   std::fprintf(stderr, "branch_attention: %s: %s\n", argument, expected);
@@ -42,11 +44,10 @@ static ge::graphStatus BranchAttentionTilingFunc(gert::TilingContext* context) {
   const gert::Shape& cache = context->GetInputShape(kKeyCache)->GetStorageShape();
   const gert::Shape& window = context->GetInputShape(kKeyWindow)->GetStorageShape();
   const gert::RuntimeAttrs* attributes = context->GetAttrs();
-  const float scale = *attributes->GetFloat(kScale);
+  const float given = *attributes->GetFloat(kScale);
   const char* mask = attributes->GetStr(kMask);
   const int64_t blockSize = *attributes->GetInt(kBlockSize);
   const char* layout = attributes->GetStr(kCacheLayout);
-  const bool withLse = *attributes->GetBool(kReturnLse);
 
   if (q.GetDimNum() != 5) {
     return Refuse("q", "expected [B, K, W, Hq, D]");
@@ -61,9 +62,16 @@ static ge::graphStatus BranchAttentionTilingFunc(gert::TilingContext* context) {
   }
   const size_t positions = headsFirst ? 2 : 1;
   const size_t heads = headsFirst ? 1 : 2;
-  if (cache.GetDimNum() != 4 || cache.GetDim(0) != q.GetDim(0) ||
+  const gert::StorageShape* table = context->GetOptionalInputShape(kBlockTable);
+  const bool paged = table != nullptr;
+  if (paged && (table->GetStorageShape().GetDimNum() != 2 ||
+                table->GetStorageShape().GetDim(0) != q.GetDim(0) ||
+                table->GetStorageShape().GetDim(1) <= 0)) {
+    return Refuse("block_table", "expected [B, P] with a page at least");
+  }
+  if (cache.GetDimNum() != 4 || (!paged && cache.GetDim(0) != q.GetDim(0)) ||
       cache.GetDim(heads) != window.GetDim(3) || cache.GetDim(3) != q.GetDim(4)) {
-    return Refuse("k_cache", "expected B of q, Hk and D of k_window, in the order of cache_layout");
+    return Refuse("k_cache", "expected B of q (or pages), Hk and D of k_window, as cache_layout orders");
   }
   if (context->GetInputShape(kValueCache)->GetStorageShape() != cache) {
     return Refuse("v_cache", "expected the shape of k_cache");
@@ -100,6 +108,9 @@ static ge::graphStatus BranchAttentionTilingFunc(gert::TilingContext* context) {
   shape.headDim = static_cast<uint32_t>(q.GetDim(4));
   shape.capacity = static_cast<uint32_t>(cache.GetDim(positions));
   shape.cacheHeadsFirst = headsFirst;
+  shape.tablePages = paged ? static_cast<uint32_t>(table->GetStorageShape().GetDim(1)) : 0;
+  shape.pages = paged ? static_cast<uint32_t>(cache.GetDim(0)) : 0;
+  const float scale = given == 0 ? 1 / std::sqrt(static_cast<float>(shape.headDim)) : given;
   const uint32_t causalBlock = causal ? static_cast<uint32_t>(blockSize) : 0;
   if (const char* what = branch_attention::Unsupported(shape, causalBlock, causal)) {
     return Refuse("shape", what);
@@ -107,8 +118,7 @@ static ge::graphStatus BranchAttentionTilingFunc(gert::TilingContext* context) {
 
   const auto platform = platform_ascendc::PlatformAscendC(context->GetPlatformInfo());
   auto* tiling = context->GetTilingData<BranchAttentionTiling>();
-  branch_attention::ComputeTiling(shape, causalBlock, scale, withLse, platform.GetCoreNumAic(),
-                                  tiling);
+  branch_attention::ComputeTiling(shape, causalBlock, scale, platform.GetCoreNumAic(), tiling);
   context->SetBlockDim(tiling->cores);
   context->SetTilingKey(0);
   // The merge of split tiles meets at SyncAll, so that all cores have to run at once.
@@ -118,6 +128,6 @@ static ge::graphStatus BranchAttentionTilingFunc(gert::TilingContext* context) {
   return ge::GRAPH_SUCCESS;
 }
 
-IMPL_OP_OPTILING(BranchAttention).Tiling(BranchAttentionTilingFunc);
+IMPL_OP_OPTILING(LopaBranchAttention).Tiling(BranchAttentionTilingFunc);
 
 }  // namespace optiling

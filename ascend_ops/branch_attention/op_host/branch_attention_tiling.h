@@ -15,8 +15,10 @@ struct Shape {
   uint32_t queryHeads;
   uint32_t kvHeads;
   uint32_t headDim;
-  uint32_t capacity;
+  uint32_t capacity;     // S; of a paged prefix, the positions of a page
   bool cacheHeadsFirst;  // caches are [B, Hk, S, D] instead of [B, S, Hk, D]
+  uint32_t tablePages;   // of a paged prefix, else 0: entries of a sequence in block_table
+  uint32_t pages;        // and pages of the pool
 };
 
 // Tiles below this many jobs are cut along the prefix. A constant and not the number of cores of
@@ -49,14 +51,21 @@ inline const char* Unsupported(const Shape& shape, uint32_t blockSize, bool bloc
   if (static_cast<uint64_t>(shape.queryHeads) * shape.headDim > MAX_ROW_STRIDE) {
     return "query heads times head_dim must be at most 65535";
   }
+  if (static_cast<uint64_t>(shape.kvHeads) * shape.headDim > MAX_ROW_STRIDE) {
+    return "KV heads times head_dim must be at most 65535";
+  }
+  if (shape.tablePages != 0 && (shape.capacity < 16 || shape.capacity > 256 ||
+                                (shape.capacity & (shape.capacity - 1)) != 0)) {
+    return "a page must have 16, 32, 64, 128 or 256 positions";
+  }
   if (blockCausal && blockSize == 0) {
     return "mask block_causal needs a positive block_size";
   }
   return nullptr;
 }
 
-inline void ComputeTiling(const Shape& shape, uint32_t blockSize, float scale, bool withLse,
-                          uint32_t cores, BranchAttentionTiling* tiling) {
+inline void ComputeTiling(const Shape& shape, uint32_t blockSize, float scale, uint32_t cores,
+                           BranchAttentionTiling* tiling) {
   BranchAttentionTiling& t = *tiling;
   t.batch = shape.batch;
   t.branches = shape.branches;
@@ -65,9 +74,12 @@ inline void ComputeTiling(const Shape& shape, uint32_t blockSize, float scale, b
   t.kvHeads = shape.kvHeads;
   t.group = shape.queryHeads / shape.kvHeads;
   t.headDim = shape.headDim;
-  t.capacity = shape.capacity;
+  const bool paged = shape.tablePages != 0;
+  t.capacity = paged ? shape.capacity * shape.tablePages : shape.capacity;
+  t.pageSize = paged ? shape.capacity : 0;
+  t.tablePages = shape.tablePages;
+  t.pages = shape.pages;
   t.blockSize = blockSize;
-  t.withLse = withLse ? 1 : 0;
   t.scale = scale;
 
   const uint32_t branchRows = CeilDiv(shape.window * t.group, 16) * 16;
@@ -86,7 +98,7 @@ inline void ComputeTiling(const Shape& shape, uint32_t blockSize, float scale, b
   }
   const uint32_t tiles = shape.batch * shape.kvHeads * t.tilesPerHead;
   t.splits = CeilDiv(WANTED_JOBS, tiles);
-  const uint32_t longest = CeilDiv(shape.capacity, MIN_SPLIT_KEYS);
+  const uint32_t longest = CeilDiv(t.capacity, MIN_SPLIT_KEYS);
   t.splits = t.splits < longest ? t.splits : longest;
   t.splits = t.splits < MAX_SPLITS ? t.splits : MAX_SPLITS;
   t.splits = t.splits > 0 ? t.splits : 1;

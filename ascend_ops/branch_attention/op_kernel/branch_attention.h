@@ -18,10 +18,10 @@ class BranchAttention {
  public:
   __aicore__ inline void Run(GM_ADDR q, GM_ADDR kCache, GM_ADDR vCache, GM_ADDR kWindow,
                              GM_ADDR vWindow, GM_ADDR cacheLen, GM_ADDR length, GM_ADDR promptLen,
-                             GM_ADDR out, GM_ADDR lse, GM_ADDR workspace,
+                             GM_ADDR blockTable, GM_ADDR out, GM_ADDR lse, GM_ADDR workspace,
                              const BranchAttentionTiling* tiling, AscendC::TPipe* pipe) {
     Schedule schedule;
-    schedule.Init(cacheLen, length, promptLen, tiling);
+    schedule.Init(cacheLen, length, promptLen, blockTable, tiling);
     if ASCEND_IS_AIC {
       CubeSide<T> cube;
       cube.Init(q, kCache, vCache, kWindow, vWindow, workspace, &schedule, tiling, pipe);

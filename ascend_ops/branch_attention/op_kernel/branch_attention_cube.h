@@ -17,7 +17,7 @@ class CubeSide {
     const uint64_t queries =
         static_cast<uint64_t>(t->batch) * t->branches * t->window * t->queryHeads * t->headDim;
     const uint64_t windowKeys = queries / t->group;
-    const uint64_t cacheSize = t->cacheBatchStride * t->batch;
+    const uint64_t cacheSize = t->cacheBatchStride * (t->pageSize != 0 ? t->pages : t->batch);
     qGm.SetGlobalBuffer((__gm__ T*)q, queries);
     keyGm[0].SetGlobalBuffer((__gm__ T*)kCache, cacheSize);
     keyGm[1].SetGlobalBuffer((__gm__ T*)kWindow, windowKeys);
@@ -138,7 +138,20 @@ class CubeSide {
                                   const AscendC::LocalTensor<T>& matrix,
                                   const AscendC::GlobalTensor<T>* source) {
     const uint32_t height = AlignUp(step.keys, FRACTAL);
-    if (step.cached) {
+    if (step.cached && t->pageSize != 0) {
+      for (uint32_t at = 0; at < step.keys;) {
+        const Schedule::PageRun run = work->Page(job, step, at);
+        if (run.page < 0) {
+          ZeroRows(matrix, height, t->headDim, at, at + run.keys);
+        } else {
+          LoadRows(matrix[at * FRACTAL],
+                   source[0][run.page * t->cacheBatchStride + job.kvHead * t->cacheHeadStride +
+                             static_cast<uint64_t>(run.position) * t->cachePositionStride],
+                   run.keys, t->headDim, t->cachePositionStride, height);
+        }
+        at += run.keys;
+      }
+    } else if (step.cached) {
       LoadRows(matrix,
                source[0][job.batch * t->cacheBatchStride + job.kvHead * t->cacheHeadStride +
                          static_cast<uint64_t>(step.key) * t->cachePositionStride],

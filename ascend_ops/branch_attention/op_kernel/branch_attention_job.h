@@ -50,13 +50,31 @@ __aicore__ inline uint32_t Smaller(uint32_t a, uint32_t b) { return a < b ? a : 
 class Schedule {
  public:
   __aicore__ inline void Init(GM_ADDR cacheLen, GM_ADDR length, GM_ADDR promptLen,
-                              const BranchAttentionTiling* tiling) {
+                              GM_ADDR blockTable, const BranchAttentionTiling* tiling) {
     t = tiling;
     cacheLenGm.SetGlobalBuffer((__gm__ int32_t*)cacheLen, t->batch);
     lengthGm.SetGlobalBuffer((__gm__ int32_t*)length, t->batch * t->branches);
     if (t->blockSize != 0) {
       promptLenGm.SetGlobalBuffer((__gm__ int32_t*)promptLen, t->batch);
     }
+    if (t->pageSize != 0) {
+      tableGm.SetGlobalBuffer((__gm__ int32_t*)blockTable, t->batch * t->tablePages);
+    }
+  }
+
+  // The next run of a step's keys that one page holds, from key `at` of the step on. `page` is -1
+  // where the table's entry is not a page of the pool: nobody sees those keys.
+  struct PageRun {
+    int32_t page;
+    uint32_t position;  // in the page
+    uint32_t keys;
+  };
+  __aicore__ inline PageRun Page(const Job& job, const Step& step, uint32_t at) const {
+    const uint32_t key = step.key + at;
+    const int32_t page = tableGm.GetValue(job.batch * t->tablePages + key / t->pageSize);
+    const uint32_t position = key % t->pageSize;
+    const bool exists = page >= 0 && static_cast<uint32_t>(page) < t->pages;
+    return {exists ? page : -1, position, Smaller(t->pageSize - position, step.keys - at)};
   }
 
   // Tiles of one KV head and part are neighbours: cores that run side by side read the same keys.
@@ -184,6 +202,7 @@ class Schedule {
   AscendC::GlobalTensor<int32_t> cacheLenGm;
   AscendC::GlobalTensor<int32_t> lengthGm;
   AscendC::GlobalTensor<int32_t> promptLenGm;
+  AscendC::GlobalTensor<int32_t> tableGm;
 };
 
 // Cross-core flags, one of each for the two slots of the workspace.

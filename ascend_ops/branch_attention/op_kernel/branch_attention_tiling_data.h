@@ -20,9 +20,11 @@ struct BranchAttentionTiling {
   uint32_t kvHeads;
   uint32_t group;  // query heads of a KV head
   uint32_t headDim;
-  uint32_t capacity;
+  uint32_t capacity;   // positions of a sequence: of its cache, or of its pages
+  uint32_t pageSize;   // 0: no pages
+  uint32_t tablePages;  // entries of a sequence in block_table
+  uint32_t pages;      // of the pool
   uint32_t blockSize;  // 0: mask "full"
-  uint32_t withLse;
   float scale;
   // A tile is `branchesPerTile` whole branches or, where one branch has too many rows, one of
   // `chunks` runs of `chunkColumns` columns of it.
@@ -32,7 +34,7 @@ struct BranchAttentionTiling {
   uint32_t tilesPerHead;
   uint32_t splits;  // parts of the prefix, merged in their order
   uint32_t jobs;    // batch * kvHeads * splits * tilesPerHead
-  // Strides of the caches in elements.
+  // Strides of the caches in elements; of a paged one, from page to page.
   uint64_t cacheBatchStride;
   uint64_t cacheHeadStride;
   uint32_t cachePositionStride;

@@ -54,9 +54,7 @@ class VectorSide {
     const uint64_t outRows =
         static_cast<uint64_t>(t->batch) * t->branches * t->window * t->queryHeads;
     outGm.SetGlobalBuffer((__gm__ T*)out, outRows * t->headDim);
-    if (t->withLse != 0) {
-      lseGm.SetGlobalBuffer((__gm__ float*)lse, outRows);
-    }
+    lseGm.SetGlobalBuffer((__gm__ float*)lse, outRows);
     const uint32_t rows = 2 * BRANCH_ATTENTION_TILE_ROWS;
     const uint32_t scores = rows * BRANCH_ATTENTION_KEYS;
     const uint64_t block = core;
@@ -256,7 +254,14 @@ class VectorSide {
   __aicore__ inline void Mask(const Job& job, const Step& step, uint32_t row, uint32_t rows,
                               const AscendC::LocalTensor<float>& scores) {
     if (step.cached || t->blockSize == 0) {
-      MaskFrom(scores, rows, step.keys);
+      MaskKeys(scores, rows, step.keys, BRANCH_ATTENTION_KEYS);
+      for (uint32_t at = 0; step.cached && t->pageSize != 0 && at < step.keys;) {
+        const Schedule::PageRun run = work->Page(job, step, at);
+        if (run.page < 0) {
+          MaskKeys(scores, rows, at, at + run.keys);
+        }
+        at += run.keys;
+      }
       Settle();
       return;
     }
@@ -278,7 +283,7 @@ class VectorSide {
         end = Smaller(end, first + next * t->group);
         seen = visible > step.key ? Smaller(visible - step.key, step.keys) : 0;
       }
-      MaskFrom(scores[(at - row) * BRANCH_ATTENTION_KEYS], end - at, seen);
+      MaskKeys(scores[(at - row) * BRANCH_ATTENTION_KEYS], end - at, seen, BRANCH_ATTENTION_KEYS);
       at = end;
     }
     Settle();
@@ -288,13 +293,16 @@ class VectorSide {
     return work->VisibleColumns(job, step.segment, job.firstColumn + column);
   }
 
-  __aicore__ inline void MaskFrom(const AscendC::LocalTensor<float>& scores, uint32_t rows,
-                                  uint32_t seen) {
+  // MASKED to keys [from, to) of rows of scores.
+  __aicore__ inline void MaskKeys(const AscendC::LocalTensor<float>& scores, uint32_t rows,
+                                  uint32_t from, uint32_t to) {
     constexpr uint8_t stride = BRANCH_ATTENTION_KEYS / BLOCK;
     for (uint32_t lane = 0; lane < BRANCH_ATTENTION_KEYS; lane += LANES) {
-      const uint32_t kept = seen > lane ? seen - lane : 0;
-      if (kept < LANES) {
-        uint64_t mask[2] = {~uint64_t{0} << kept, 0};
+      const uint32_t begin = from > lane ? from - lane : 0;
+      const uint32_t end = to > lane ? Smaller(to - lane, LANES) : 0;
+      if (begin < end) {
+        const uint64_t below = ~uint64_t{0} >> (LANES - end);
+        uint64_t mask[2] = {below & (~uint64_t{0} << begin), 0};
         AscendC::Duplicate(scores[lane], MASKED, mask, rows, 1, stride);
       }
     }
@@ -327,9 +335,7 @@ class VectorSide {
     for (uint32_t local = 0; local < all; local += CHUNK_ROWS) {
       const uint32_t rows = Smaller(all - local, CHUNK_ROWS);
       WriteRows(job, half.begin + local, rows, output[local * t->headDim], sum[local * BLOCK]);
-      if (t->withLse != 0) {
-        WriteLse(job, half.begin + local, rows, maximum[local * BLOCK], sum[local * BLOCK]);
-      }
+      WriteLse(job, half.begin + local, rows, maximum[local * BLOCK], sum[local * BLOCK]);
     }
   }
 
@@ -429,9 +435,6 @@ class VectorSide {
           AscendC::DataCopy(outGm[OutRow(job, i, column, head) * t->headDim], zeros,
                             Smaller(t->group - head, CHUNK_ROWS) * t->headDim);
         }
-      }
-      if (t->withLse == 0) {
-        continue;
       }
       for (uint32_t head = 0; head < t->group; ++head) {
         for (uint32_t column = job.columns[i]; column < job.tileColumns; column += columnsAtOnce) {
@@ -544,9 +547,7 @@ class VectorSide {
       productQueue.FreeTensor(part);
     }
     WriteRows(last, row, rows, output, sum);
-    if (t->withLse != 0) {
-      WriteLse(last, row, rows, maximum, sum);
-    }
+    WriteLse(last, row, rows, maximum, sum);
     Settle();
   }
 
