@@ -198,21 +198,41 @@ void Duplicate(const LocalTensor<T>& dst, const T& scalarValue, const int32_t& c
   count_instruction(repeats_of(uint64_t(count) * sizeof(T)));
 }
 
+template <typename T>
+void DuplicateRepeats(const LocalTensor<T>& dst, const T& value,
+                      const ascend_emulator::LaneMask& mask, int repeats,
+                      const ascend_emulator::Strides& to) {
+  using namespace ascend_emulator;
+  static_assert(one_of<T, half, bfloat16_t, float, int16_t, uint16_t, int32_t, uint32_t>(),
+                "Duplicate: this type");
+  const Repeats shape{mask, static_cast<int>(kLanes<T>), repeats};
+  uint8_t* y = destination("Duplicate", dst, shape, to);
+  each_run<T>(shape, to, [&](uint64_t offset, uint64_t bytes) {
+    for (uint64_t at = 0; at < bytes; at += sizeof(T)) store<T>(y + offset + at, value);
+  });
+  count_instruction(repeats);
+}
+
 template <typename T, bool isSetMask = true>
 void Duplicate(const LocalTensor<T>& dst, const T& scalarValue, uint64_t mask,
                const ascend_emulator::Exactly<uint8_t> repeatTime,
                const ascend_emulator::Exactly<uint16_t> dstBlockStride,
                const ascend_emulator::Exactly<uint8_t> dstRepeatStride) {
-  using namespace ascend_emulator;
   static_assert(isSetMask, "Duplicate: a mask set outside is not emulated");
-  const Repeats shape{prefix_mask("Duplicate", mask, kLanes<T>), static_cast<int>(kLanes<T>),
-                      repeatTime};
-  const Strides to{dstBlockStride, dstRepeatStride};
-  uint8_t* y = destination("Duplicate", dst, shape, to);
-  each_run<T>(shape, to, [&](uint64_t offset, uint64_t bytes) {
-    for (uint64_t at = 0; at < bytes; at += sizeof(T)) store<T>(y + offset + at, scalarValue);
-  });
-  count_instruction(repeatTime);
+  DuplicateRepeats(dst, scalarValue,
+                   ascend_emulator::prefix_mask("Duplicate", mask, ascend_emulator::kLanes<T>),
+                   repeatTime, {dstBlockStride, dstRepeatStride});
+}
+
+template <typename T, bool isSetMask = true>
+void Duplicate(const LocalTensor<T>& dst, const T& scalarValue, uint64_t mask[],
+               const ascend_emulator::Exactly<uint8_t> repeatTime,
+               const ascend_emulator::Exactly<uint16_t> dstBlockStride,
+               const ascend_emulator::Exactly<uint8_t> dstRepeatStride) {
+  static_assert(isSetMask, "Duplicate: a mask set outside is not emulated");
+  DuplicateRepeats(dst, scalarValue,
+                   ascend_emulator::bit_mask("Duplicate", mask, ascend_emulator::kLanes<T>),
+                   repeatTime, {dstBlockStride, dstRepeatStride});
 }
 
 // firstValue, firstValue + 1, ...
