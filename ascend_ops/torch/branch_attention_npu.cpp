@@ -31,7 +31,6 @@ class AttentionCall : public NpuCall {
     if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
       fail(op, "q", "dtype BFloat16 or Half on an NPU", dtype_name(dtype));
     }
-    if (block_table.has_value()) fail(op, "block_table", "None on an NPU", "a tensor");
     check_rank(op, "q", q, 5);
     check_rank(op, "k_cache", k_cache, 4);
     B_ = q.size(0), K_ = q.size(1), W_ = q.size(2), heads_ = q.size(3), D_ = q.size(4);
@@ -39,8 +38,16 @@ class AttentionCall : public NpuCall {
     if (Hk < 1 || heads_ % Hk != 0) {
       fail(op, "q", "query heads a multiple of the " + std::to_string(Hk) + " KV heads", heads_);
     }
-    check_tensor(op, "k_cache", k_cache, dtype, {B_, S, Hk, D_}, device());
-    check_tensor(op, "v_cache", v_cache, dtype, {B_, S, Hk, D_}, device());
+    int64_t blocks = B_;
+    if (block_table.has_value()) {
+      check_rank(op, "block_table", *block_table, 2);
+      check_tensor(op, "block_table", *block_table, ScalarType::Int, {B_, block_table->size(1)},
+                   device());
+      block_table_ = as_contiguous(*block_table);
+      blocks = k_cache.size(0);  // pages
+    }
+    check_tensor(op, "k_cache", k_cache, dtype, {blocks, S, Hk, D_}, device());
+    check_tensor(op, "v_cache", v_cache, dtype, {blocks, S, Hk, D_}, device());
     check_tensor(op, "k_window", k_window, dtype, {B_, K_, W_, Hk, D_}, device());
     check_tensor(op, "v_window", v_window, dtype, {B_, K_, W_, Hk, D_}, device());
     check_tensor(op, "cache_len", cache_len, ScalarType::Int, {B_}, device());
@@ -77,13 +84,13 @@ class AttentionCall : public NpuCall {
     }
   }
 
-  // `out` and `lse` are contiguous; without `wants_lse` the operator leaves `lse` as it is.
-  void run(const Tensor& out, const Tensor& lse, bool wants_lse) const {
+  // `out` and `lse` are contiguous.
+  void run(const Tensor& out, const Tensor& lse) const {
     if (out.numel() == 0) return;
-    launch("aclnnBranchAttention", operand(q_), cache(caches_[0]), cache(caches_[1]),
+    launch("aclnnLopaBranchAttention", operand(q_), cache(caches_[0]), cache(caches_[1]),
            operand(windows_[0]), operand(windows_[1]), words(cache_len_), words(length_),
-           prompt_len_.has_value() ? words(*prompt_len_) : Operand{}, scale_, mask_.c_str(),
-           block_size_, heads_first_ ? "BNSD" : "BSND", wants_lse, operand(out),
+           optional(prompt_len_), optional(block_table_), mask_.c_str(), block_size_, scale_,
+           heads_first_ ? "BNSD" : "BSND", operand(out),
            Operand::dense(data<float>(lse), {B_, K_, heads_, W_}));
   }
 
@@ -107,6 +114,10 @@ class AttentionCall : public NpuCall {
     return Operand::dense(data<int32_t>(tensor), {sizes.begin(), sizes.end()});
   }
 
+  static Operand optional(const OptTensor& tensor) {
+    return tensor.has_value() ? words(*tensor) : Operand{};
+  }
+
   Operand cache(const Tensor& tensor) const {
     if (!heads_first_) return operand(tensor);
     return Operand::dense(tensor.data_ptr(), acl_type(float_type(tensor.scalar_type())),
@@ -121,6 +132,7 @@ class AttentionCall : public NpuCall {
   Tensor cache_len_;
   Tensor length_;
   OptTensor prompt_len_;
+  OptTensor block_table_;
   int64_t B_, K_, W_, heads_, D_;
   int64_t block_size_ = 0;
   double scale_;
@@ -130,14 +142,14 @@ class AttentionCall : public NpuCall {
 Tensor branch_attention(LOPA_ATTENTION_PARAMETERS) {
   const AttentionCall call("branch_attention", LOPA_ATTENTION);
   const Tensor out = call.output();
-  call.run(out, call.lse(), false);
+  call.run(out, call.lse());
   return out;
 }
 
 std::tuple<Tensor, Tensor> branch_attention_lse(LOPA_ATTENTION_PARAMETERS) {
   const AttentionCall call("branch_attention", LOPA_ATTENTION);
   const Tensor out = call.output(), lse = call.lse();
-  call.run(out, lse, true);
+  call.run(out, lse);
   return {out, lse};
 }
 
@@ -147,7 +159,7 @@ void branch_attention_out(LOPA_ATTENTION_PARAMETERS, const Tensor& out, const Op
   const Tensor written = out.is_contiguous() ? out : call.output();
   const bool given = lse.has_value() && lse->is_contiguous();
   const Tensor lse_written = given ? *lse : call.lse();
-  call.run(written, lse_written, lse.has_value());
+  call.run(written, lse_written);
   if (!out.is_contiguous()) {
     Tensor target = out;
     torch::stable::copy_(target, written);

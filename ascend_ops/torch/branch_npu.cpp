@@ -12,7 +12,7 @@ class Npu : public NpuCall {
   void confidence(const char*, const ConfidenceView& v, const ReductionConfig& c) const {
     if (v.B * v.K == 0) return;
     const char* reductions[] = {"mean", "bottom", "group", "min"};
-    launch("aclnnBranchConfidence", Operand::dense(v.score, {v.B, v.K, v.W}),
+    launch("aclnnLopaBranchConfidence", Operand::dense(v.score, {v.B, v.K, v.W}),
            Operand::dense(v.open, {v.B, v.K, v.W}), Operand::dense(v.creation, {v.B, v.K}),
            Operand::dense(v.branches, {v.B}), Operand::dense(v.length, {v.B, v.K}),
            reductions[static_cast<int32_t>(c.reduction)], bits_of(c.fraction), c.group,
@@ -21,7 +21,7 @@ class Npu : public NpuCall {
 
   void select(const char*, const SelectView& v, const SelectConfig& c) const {
     if (v.B == 0) return;
-    launch("aclnnSelectPositions", Operand::dense(v.stats.token, {v.B, v.W}),
+    launch("aclnnLopaSelectPositions", Operand::dense(v.stats.token, {v.B, v.W}),
            Operand::dense(v.stats.prob, {v.B, v.W}), Operand::dense(v.stats.score, {v.B, v.W}),
            Operand::dense(v.tokens, {v.B, v.W}), Operand::dense(v.length, {v.B}),
            Operand::dense(v.cache_len, {v.B}), Operand::dense(v.prompt_len, {v.B}), v.lookahead,
@@ -33,9 +33,9 @@ class Npu : public NpuCall {
 
   void spawn(const char*, const SpawnView& v) const {
     if (v.B == 0) return;
-    launch("aclnnSpawnBranches", Operand::dense(v.tokens, {v.B, v.W}), Operand::dense(v.eos, {v.B}),
-           Operand::dense(v.token, {v.B, v.W}), Operand::dense(v.score, {v.B, v.W}),
-           Operand::dense(v.columns, {v.B, v.K - 1}), v.eos_id,
+    launch("aclnnLopaSpawnBranches", Operand::dense(v.tokens, {v.B, v.W}),
+           Operand::dense(v.eos, {v.B}), Operand::dense(v.token, {v.B, v.W}),
+           Operand::dense(v.score, {v.B, v.W}), Operand::dense(v.columns, {v.B, v.K - 1}), v.eos_id,
            Operand::dense(v.out_tokens, {v.B, v.K, v.W}),
            Operand::dense(v.out_creation, {v.B, v.K}), Operand::dense(v.out_eos, {v.B, v.K}),
            Operand::dense(v.out_branches, {v.B}));

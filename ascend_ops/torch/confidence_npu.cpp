@@ -52,7 +52,7 @@ class ConfidenceCall : public NpuCall {
   void softmax_stats(const Tensor& token, const Tensor (&floats)[4]) const {
     if (is_empty()) return;
     const ConfidenceConfig& config = sampling_.config;
-    launch("aclnnSoftmaxStats", logits_operand(logits_), rows(),
+    launch("aclnnLopaSoftmaxStats", logits_operand(logits_), rows(),
            Operand::dense(sampling_.seed, {1}), Operand::dense(sampling_.step, {1}),
            bits_of(config.temperature), config.top_k, bits_of(config.top_p),
            operand<int64_t>(token), operand<float>(floats[0]), operand<float>(floats[1]),

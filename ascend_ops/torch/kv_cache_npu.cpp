@@ -24,11 +24,11 @@ class Npu : public NpuCall {
       const Operand q = written(op, "q", rows(s, p.q_out, s.q_heads));
       const Operand qkv = rows(s, p.q, s.q_heads + 2 * s.kv_heads);
       if (p.commit_len == nullptr) {
-        launch("aclnnQkvPrewrite", q, k_window, v_window, qkv, cos_sin, cache_len, p.layer);
+        launch("aclnnLopaQkvPrewrite", q, k_window, v_window, qkv, cos_sin, cache_len, p.layer);
         return;
       }
       const Status words_out(*this, status, s.batch);
-      launch("aclnnQkvPrewriteDirect", q, k_window, v_window,
+      launch("aclnnLopaQkvPrewriteDirect", q, k_window, v_window,
              written(op, "k_cache", cache(s, p.k_cache)),
              written(op, "v_cache", cache(s, p.v_cache)), qkv, cos_sin, cache_len,
              words(p.commit_len, s), words_out.operand(), p.layer);
@@ -37,20 +37,20 @@ class Npu : public NpuCall {
     const Operand k = rows(s, p.k, s.kv_heads);
     const Operand v = rows(s, p.v, s.kv_heads);
     if (p.commit_len == nullptr) {
-      launch("aclnnKvPrewrite", k_window, v_window, k, v, cos_sin, cache_len, p.layer);
+      launch("aclnnLopaKvPrewrite", k_window, v_window, k, v, cos_sin, cache_len, p.layer);
       return;
     }
     const Status words_out(*this, status, s.batch);
-    launch("aclnnKvPrewriteDirect", k_window, v_window, written(op, "k_cache", cache(s, p.k_cache)),
-           written(op, "v_cache", cache(s, p.v_cache)), k, v, cache_len, words(p.commit_len, s),
-           cos_sin, words_out.operand(), p.layer);
+    launch("aclnnLopaKvPrewriteDirect", k_window, v_window,
+           written(op, "k_cache", cache(s, p.k_cache)), written(op, "v_cache", cache(s, p.v_cache)),
+           k, v, cache_len, words(p.commit_len, s), cos_sin, words_out.operand(), p.layer);
   }
 
   void commit(const char* op, const KvCommitParams& p, const OptTensor& status) const {
     const KvSizes& s = p.sizes;
     if (s.batch == 0 || s.layers == 0) return;
     const Status words_out(*this, status, s.batch);
-    launch("aclnnKvCommit", written(op, "k_cache", cache(s, p.k_cache)),
+    launch("aclnnLopaKvCommit", written(op, "k_cache", cache(s, p.k_cache)),
            written(op, "v_cache", cache(s, p.v_cache)), window(s, p.k_window),
            window(s, p.v_window), words(p.winner, s), words(p.cache_len, s), words(p.commit_len, s),
            words_out.operand());

@@ -37,10 +37,11 @@ namespace {
 std::vector<std::string> missing() {
   std::vector<std::string> names;
   for (const char* name :
-       {"aclnnTokenConfidence", "aclnnSoftmaxStats", "aclnnStepRows", "aclnnNeededRows",
-        "aclnnBranchStep", "aclnnBranchConfidence", "aclnnSelectPositions", "aclnnSpawnBranches",
-        "aclnnBranchAttention", "aclnnKvPrewrite", "aclnnKvPrewriteDirect", "aclnnQkvPrewrite",
-        "aclnnQkvPrewriteDirect", "aclnnKvCommit"}) {
+       {"aclnnLopaTokenConfidence", "aclnnLopaSoftmaxStats", "aclnnLopaStepRows",
+        "aclnnLopaNeededRows", "aclnnLopaBranchStep", "aclnnLopaBranchConfidence",
+        "aclnnLopaSelectPositions", "aclnnLopaSpawnBranches", "aclnnLopaBranchAttention",
+        "aclnnLopaKvPrewrite", "aclnnLopaKvPrewriteDirect", "aclnnLopaQkvPrewrite",
+        "aclnnLopaQkvPrewriteDirect", "aclnnLopaKvCommit"}) {
     if (find_function(name) == nullptr) names.emplace_back(name);
   }
   return names;

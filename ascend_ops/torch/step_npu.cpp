@@ -43,9 +43,10 @@ class Npu : public NpuCall {
                  score = empty({B, K, W}, ScalarType::Float),
                  unusable = empty({B, K, W}, ScalarType::Int);
     const Operand map = Operand::dense(data<int32_t>(wanted), {B, K, W});
-    launch("aclnnStepRows", tokens_of(view), lengths_of(view), of_sequences(view, view.branches),
-           of_sequences(view, view.cache_len), of_sequences(view, view.commit_len),
-           of_sequences(view, view.prompt_len), of_sequences(view, view.done),
+    launch("aclnnLopaStepRows", tokens_of(view), lengths_of(view),
+           of_sequences(view, view.branches), of_sequences(view, view.cache_len),
+           of_sequences(view, view.commit_len), of_sequences(view, view.prompt_len),
+           of_sequences(view, view.done),
            Operand::dense(rows.has_value() ? data<int32_t>(given) : nullptr, {B, K, W}),
            config.select.mask_id, config.shift, logits_view.rows, map,
            Operand::dense(data<int32_t>(status), {B}));
@@ -60,11 +61,12 @@ class Npu : public NpuCall {
 
   void needed_rows(const char*, const BatchView& view, int64_t mask_id, bool shift,
                    int64_t capacity, int64_t* index, int32_t* rows, int32_t* count) const {
-    launch("aclnnNeededRows", tokens_of(view), lengths_of(view), of_sequences(view, view.branches),
-           of_sequences(view, view.cache_len), of_sequences(view, view.commit_len),
-           of_sequences(view, view.prompt_len), of_sequences(view, view.done), mask_id, shift,
-           capacity, Operand::dense(index, {capacity}),
-           Operand::dense(rows, {view.B, view.K, view.W}), Operand::dense(count, {1}));
+    launch("aclnnLopaNeededRows", tokens_of(view), lengths_of(view),
+           of_sequences(view, view.branches), of_sequences(view, view.cache_len),
+           of_sequences(view, view.commit_len), of_sequences(view, view.prompt_len),
+           of_sequences(view, view.done), mask_id, shift, capacity,
+           Operand::dense(index, {capacity}), Operand::dense(rows, {view.B, view.K, view.W}),
+           Operand::dense(count, {1}));
   }
 
  private:
@@ -86,7 +88,7 @@ class Npu : public NpuCall {
              const int32_t* status, const RoundConfig& c, const BatchOutput& output) const {
     const SequenceOutput& o = output.first;
     const int64_t B = v.B, K = v.K, W = v.W, nextK = output.branches, nextW = output.window;
-    launch("aclnnBranchStep", Operand::dense(stats.token, {B, K, W}),
+    launch("aclnnLopaBranchStep", Operand::dense(stats.token, {B, K, W}),
            Operand::dense(stats.prob, {B, K, W}), Operand::dense(stats.score, {B, K, W}),
            Operand::dense(unusable, {B, K, W}), tokens_of(v), lengths_of(v),
            Operand::dense(v.creation, {B, K}), Operand::dense(v.eos, {B, K}),

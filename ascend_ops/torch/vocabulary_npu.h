@@ -28,7 +28,7 @@ inline Operand logits_operand(const Tensor& logits) {
 inline void launch_token_confidence(const NpuCall& call, const Tensor& logits, const Operand& rows,
                                     const Sampling& sampling, const ConfidenceOutputs& out) {
   const ConfidenceConfig& config = sampling.config;
-  call.launch("aclnnTokenConfidence", logits_operand(logits), rows,
+  call.launch("aclnnLopaTokenConfidence", logits_operand(logits), rows,
               Operand::dense(sampling.seed, {1}), Operand::dense(sampling.step, {1}),
               name_of(config.metric), bits_of(config.temperature), config.top_k,
               bits_of(config.top_p), out.token, out.prob, out.score, out.unusable);

@@ -52,12 +52,12 @@ ge::graphStatus commitTypes(gert::InferDataTypeContext* c) { return types(c, 2, 
 
 }  // namespace
 
-IMPL_OP_INFERSHAPE(KvPrewrite).InferShape(prewriteShapes).InferDataType(prewriteTypes);
-IMPL_OP_INFERSHAPE(KvPrewriteDirect).InferShape(directShapes).InferDataType(directTypes);
-IMPL_OP_INFERSHAPE(QkvPrewrite).InferShape(packedShapes).InferDataType(packedTypes);
-IMPL_OP_INFERSHAPE(QkvPrewriteDirect)
+IMPL_OP_INFERSHAPE(LopaKvPrewrite).InferShape(prewriteShapes).InferDataType(prewriteTypes);
+IMPL_OP_INFERSHAPE(LopaKvPrewriteDirect).InferShape(directShapes).InferDataType(directTypes);
+IMPL_OP_INFERSHAPE(LopaQkvPrewrite).InferShape(packedShapes).InferDataType(packedTypes);
+IMPL_OP_INFERSHAPE(LopaQkvPrewriteDirect)
     .InferShape(packedDirectShapes)
     .InferDataType(packedDirectTypes);
-IMPL_OP_INFERSHAPE(KvCommit).InferShape(commitShapes).InferDataType(commitTypes);
+IMPL_OP_INFERSHAPE(LopaKvCommit).InferShape(commitShapes).InferDataType(commitTypes);
 
 }  // namespace ops

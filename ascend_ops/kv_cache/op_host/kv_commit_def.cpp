@@ -3,9 +3,9 @@
 
 namespace ops {
 
-class KvCommit : public OpDef {
+class LopaKvCommit : public OpDef {
  public:
-  explicit KvCommit(const char* name) : OpDef(name) {
+  explicit LopaKvCommit(const char* name) : OpDef(name) {
     addInput(*this, "k_cache", REQUIRED, kRows);
     addInput(*this, "v_cache", REQUIRED, kRows);
     addInput(*this, "k_window", REQUIRED, kRows);
@@ -21,6 +21,6 @@ class KvCommit : public OpDef {
   }
 };
 
-OP_ADD(KvCommit);
+OP_ADD(LopaKvCommit);
 
 }  // namespace ops

@@ -20,6 +20,6 @@ ge::graphStatus commit(gert::TilingContext* context) {
 
 }  // namespace
 
-IMPL_OP_OPTILING(KvCommit).Tiling(commit);
+IMPL_OP_OPTILING(LopaKvCommit).Tiling(commit);
 
 }  // namespace optiling

@@ -5,9 +5,9 @@
 
 namespace ops {
 
-class KvPrewrite : public OpDef {
+class LopaKvPrewrite : public OpDef {
  public:
-  explicit KvPrewrite(const char* name) : OpDef(name) {
+  explicit LopaKvPrewrite(const char* name) : OpDef(name) {
     addInput(*this, "k_window", REQUIRED, kRows);
     addInput(*this, "v_window", REQUIRED, kRows);
     addInput(*this, "k", REQUIRED, kRows);
@@ -21,9 +21,9 @@ class KvPrewrite : public OpDef {
   }
 };
 
-class KvPrewriteDirect : public OpDef {
+class LopaKvPrewriteDirect : public OpDef {
  public:
-  explicit KvPrewriteDirect(const char* name) : OpDef(name) {
+  explicit LopaKvPrewriteDirect(const char* name) : OpDef(name) {
     addInput(*this, "k_window", REQUIRED, kRows);
     addInput(*this, "v_window", REQUIRED, kRows);
     addInput(*this, "k_cache", REQUIRED, kRows);
@@ -44,9 +44,9 @@ class KvPrewriteDirect : public OpDef {
   }
 };
 
-class QkvPrewrite : public OpDef {
+class LopaQkvPrewrite : public OpDef {
  public:
-  explicit QkvPrewrite(const char* name) : OpDef(name) {
+  explicit LopaQkvPrewrite(const char* name) : OpDef(name) {
     addInput(*this, "q", REQUIRED, kRows);
     addInput(*this, "k_window", REQUIRED, kRows);
     addInput(*this, "v_window", REQUIRED, kRows);
@@ -61,9 +61,9 @@ class QkvPrewrite : public OpDef {
   }
 };
 
-class QkvPrewriteDirect : public OpDef {
+class LopaQkvPrewriteDirect : public OpDef {
  public:
-  explicit QkvPrewriteDirect(const char* name) : OpDef(name) {
+  explicit LopaQkvPrewriteDirect(const char* name) : OpDef(name) {
     addInput(*this, "q", REQUIRED, kRows);
     addInput(*this, "k_window", REQUIRED, kRows);
     addInput(*this, "v_window", REQUIRED, kRows);
@@ -85,9 +85,9 @@ class QkvPrewriteDirect : public OpDef {
   }
 };
 
-OP_ADD(KvPrewrite);
-OP_ADD(KvPrewriteDirect);
-OP_ADD(QkvPrewrite);
-OP_ADD(QkvPrewriteDirect);
+OP_ADD(LopaKvPrewrite);
+OP_ADD(LopaKvPrewriteDirect);
+OP_ADD(LopaQkvPrewrite);
+OP_ADD(LopaQkvPrewriteDirect);
 
 }  // namespace ops

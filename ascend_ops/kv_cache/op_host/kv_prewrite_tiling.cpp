@@ -70,9 +70,9 @@ ge::graphStatus packedPrewriteDirect(gert::TilingContext* context) {
 
 }  // namespace
 
-IMPL_OP_OPTILING(KvPrewrite).Tiling(prewrite);
-IMPL_OP_OPTILING(KvPrewriteDirect).Tiling(prewriteDirect);
-IMPL_OP_OPTILING(QkvPrewrite).Tiling(packedPrewrite);
-IMPL_OP_OPTILING(QkvPrewriteDirect).Tiling(packedPrewriteDirect);
+IMPL_OP_OPTILING(LopaKvPrewrite).Tiling(prewrite);
+IMPL_OP_OPTILING(LopaKvPrewriteDirect).Tiling(prewriteDirect);
+IMPL_OP_OPTILING(LopaQkvPrewrite).Tiling(packedPrewrite);
+IMPL_OP_OPTILING(LopaQkvPrewriteDirect).Tiling(packedPrewriteDirect);
 
 }  // namespace optiling

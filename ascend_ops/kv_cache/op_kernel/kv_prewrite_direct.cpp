@@ -1,7 +1,7 @@
 #include "kv_prewrite.h"
 
 // What is written in place is named twice: as an input, and as the output of the same name.
-extern "C" __global__ __aicore__ void kv_prewrite_direct(
+extern "C" __global__ __aicore__ void lopa_kv_prewrite_direct(
     GM_ADDR k_window, GM_ADDR v_window, GM_ADDR k_cache, GM_ADDR v_cache, GM_ADDR k, GM_ADDR v,
     GM_ADDR cache_len, GM_ADDR commit_len, GM_ADDR cos_sin, GM_ADDR status, GM_ADDR k_window_out,
     GM_ADDR v_window_out, GM_ADDR k_cache_out, GM_ADDR v_cache_out, GM_ADDR status_out,
