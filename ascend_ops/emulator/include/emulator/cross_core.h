@@ -45,15 +45,38 @@ struct CrossCoreFlags {
     }
   }
 
-  // A flag changes its mode only when nothing of the former one is under way.
-  Flag& flag(int core_index, int id, int mode) {
-    Flag& own = cores[core_index][id];
-    if (own.mode != mode && (!own.raised.empty() || !own.offered.empty())) {
-      fail("flag", "CrossCoreSetFlag: flag %d of core %d is still in use in mode %d", id,
-           core_index, own.mode);
+  // The cores whose sets together raise a flag, and those whose flags they raise.
+  struct Group {
+    std::vector<int> setting, waiting;
+  };
+  static Group group(const Core& self, int mode) {
+    Group result;
+    for (const auto& other : self.device.cores) {
+      const bool block = other->block == self.block, alike = other->role == self.role;
+      if (alike && (mode == 0 || block)) result.setting.push_back(other->index);
+      if (mode == 0 ? alike : block && alike == (mode == 1)) {
+        result.waiting.push_back(other->index);
+      }
+    }
+    return result;
+  }
+
+  // A flag of a core changes its mode only when nothing of the former one is under way.
+  void enter_mode(Core& self, int mode, int id) {
+    Flag& own = cores[self.index][id];
+    if (own.mode >= 0 && own.mode != mode) {
+      const Group former = group(self, own.mode);
+      for (const auto* members : {&former.setting, &former.waiting}) {
+        for (int index : *members) {
+          const Flag& flag = cores[index][id];
+          if (flag.mode == own.mode && !(flag.raised.empty() && flag.offered.empty())) {
+            fail("flag", "CrossCoreSetFlag: flag %d of core %d is still in use in mode %d", id,
+                 index, own.mode);
+          }
+        }
+      }
     }
     own.mode = mode;
-    return own;
   }
 
   void set(Core& self, int mode, pipe_t pipe, int id) {
@@ -65,26 +88,27 @@ struct CrossCoreFlags {
       fail("role", "CrossCoreSetFlag: mode 1 is for vector cores");
     }
     ++self.counters.cross_core;
-    std::vector<int> setting, waiting;
-    for (const auto& other : device.cores) {
-      const bool block = other->block == self.block, alike = other->role == self.role;
-      if (alike && (mode == 0 || block)) setting.push_back(other->index);
-      if (mode == 0 ? alike : block && alike == (mode == 1)) waiting.push_back(other->index);
-    }
-    flag(self.index, id, mode).offered.push_back(self.hand_over(pipe));
+    enter_mode(self, mode, id);
+    cores[self.index][id].offered.push_back(self.hand_over(pipe));
+    const Group members = group(self, mode);
     VectorClock all(device.threads(), 0);
-    for (int index : setting) {
+    for (int index : members.setting) {
       const Flag& other = cores[index][id];
       if (other.offered.empty() || other.mode != mode) return;
       join(all, other.offered.front());
     }
-    for (int index : setting) cores[index][id].offered.pop_front();
-    for (int index : waiting) {
-      Flag& other = flag(index, id, mode);
+    for (int index : members.setting) cores[index][id].offered.pop_front();
+    for (int index : members.waiting) {
+      Flag& other = cores[index][id];
       if (other.raised.size() == kCrossCoreMost) {
         fail("flag", "CrossCoreSetFlag: flag %d of core %d is set more than %zu times", id, index,
              kCrossCoreMost);
       }
+      if (!other.raised.empty() && other.mode != mode) {
+        fail("flag", "CrossCoreSetFlag: flag %d of core %d is still in use in mode %d", id, index,
+             other.mode);
+      }
+      other.mode = mode;
       other.raised.push_back(all);
     }
   }
