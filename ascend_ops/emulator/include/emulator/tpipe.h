@@ -127,7 +127,9 @@ class TQueBind {
  private:
   friend class TPipe;
   using State = ascend_emulator::BufferState;
-  static constexpr TPosition kPosition = src == TPosition::GM ? dst : src;
+  // A buffer lies where it is filled: at the source of a queue out, else at its destination.
+  static constexpr TPosition kPosition =
+      src == TPosition::GM || GetPhyType(src) == Hardware::L1 ? dst : src;
   static constexpr Hardware kHardware = GetPhyType(kPosition);
   static constexpr HardEvent kFilled =
       ascend_emulator::queue_event(GetPhyType(src), GetPhyType(dst), true);
