@@ -16,23 +16,27 @@ namespace {
 
 using namespace AscendC;
 
-#define CUBE_FAULTS(X)                                                                       \
-  X(none)                                                                                    \
-  X(l1_alignment) X(l0a_alignment) X(l0b_alignment) X(l0c_alignment) X(fixpipe_alignment)    \
-  X(l1_capacity) X(l0a_capacity) X(l0b_capacity) X(l0c_capacity)                             \
-  X(load_position) X(mmad_position) X(fixpipe_position) X(vector_role)                       \
-  X(nd2nz_stride) X(nd2nz_narrowing) X(nd2nz_rows) X(nd2nz_bounds) X(load_repeat)            \
-  X(load_bounds) X(load_address_mode) X(transpose_gap) X(fill_range)                         \
-  X(mmad_range) X(mmad_unit_flag) X(mmad_bias) X(mmad_gemv)                                  \
-  X(fixpipe_columns) X(fixpipe_source_stride) X(fixpipe_overlap) X(fixpipe_unit_flag)        \
-  X(fixpipe_quantization) X(fixpipe_bounds)                                                  \
-  X(unwritten_l1) X(unwritten_l0a) X(unwritten_l0c)                                          \
-  X(no_flag_to_mte1) X(no_flag_to_m) X(no_flag_to_fix)                                       \
-  X(no_flag_from_mte1) X(no_flag_from_m) X(no_flag_from_fix) X(no_barrier_m)                 \
-  X(no_wait_of_vector) X(no_wait_of_cube) X(wrong_pipe) X(other_pipe_back)                   \
-  X(one_vector_core_sets) X(nobody_sets) X(flag_range) X(flag_of_sync_all) X(flag_overflow)  \
-  X(flag_left) X(flag_offered) X(flag_modes) X(flag_mode_role)                               \
-  X(no_wait_of_all_cubes) X(no_wait_of_pair)
+#define CUBE_FAULTS(X)                                                                             \
+  X(none)                                                                                          \
+  X(l1_alignment)                                                                                  \
+  X(l0a_alignment) X(l0b_alignment) X(l0c_alignment) X(fixpipe_alignment) X(l1_capacity)           \
+      X(l0a_capacity) X(l0b_capacity) X(l0c_capacity) X(load_position) X(mmad_position)            \
+          X(fixpipe_position) X(vector_role) X(nd2nz_stride) X(nd2nz_narrowing) X(nd2nz_rows)      \
+              X(nd2nz_bounds) X(load_repeat) X(load_bounds) X(load_address_mode) X(transpose_gap)  \
+                  X(fill_range) X(mmad_range) X(mmad_unit_flag) X(mmad_bias) X(mmad_gemv)          \
+                      X(fixpipe_columns) X(fixpipe_source_stride) X(fixpipe_overlap)               \
+                          X(fixpipe_unit_flag) X(fixpipe_quantization) X(fixpipe_bounds)           \
+                              X(unwritten_l1) X(unwritten_l0a) X(unwritten_l0c) X(no_flag_to_mte1) \
+                                  X(no_flag_to_m) X(no_flag_to_fix) X(no_flag_from_mte1)           \
+                                      X(no_flag_from_m) X(no_flag_from_fix) X(no_barrier_m)        \
+                                          X(no_wait_of_vector) X(no_wait_of_cube) X(wrong_pipe)    \
+                                              X(other_pipe_back) X(one_vector_core_sets)           \
+                                                  X(nobody_sets) X(flag_range) X(flag_of_sync_all) \
+                                                      X(flag_overflow) X(flag_left)                \
+                                                          X(flag_offered) X(flag_modes)            \
+                                                              X(flag_mode_role)                    \
+                                                                  X(no_wait_of_all_cubes)          \
+                                                                      X(no_wait_of_pair)
 
 enum Kind : int32_t {
 #define CUBE_FAULT(name) name,

@@ -10,8 +10,17 @@
 namespace optiling {
 namespace {
 
-enum Input { kQ, kKeyCache, kValueCache, kKeyWindow, kValueWindow, kCacheLen, kLength, kPromptLen,
-             kBlockTable };
+enum Input {
+  kQ,
+  kKeyCache,
+  kValueCache,
+  kKeyWindow,
+  kValueWindow,
+  kCacheLen,
+  kLength,
+  kPromptLen,
+  kBlockTable
+};
 enum Attribute { kMask, kBlockSize, kScale, kCacheLayout };
 
 ge::graphStatus Refuse(const char* argument, const char* expected) {
@@ -71,7 +80,8 @@ static ge::graphStatus BranchAttentionTilingFunc(gert::TilingContext* context) {
   }
   if (cache.GetDimNum() != 4 || (!paged && cache.GetDim(0) != q.GetDim(0)) ||
       cache.GetDim(heads) != window.GetDim(3) || cache.GetDim(3) != q.GetDim(4)) {
-    return Refuse("k_cache", "expected B of q (or pages), Hk and D of k_window, as cache_layout orders");
+    return Refuse("k_cache",
+                  "expected B of q (or pages), Hk and D of k_window, as cache_layout orders");
   }
   if (context->GetInputShape(kValueCache)->GetStorageShape() != cache) {
     return Refuse("v_cache", "expected the shape of k_cache");

@@ -65,7 +65,7 @@ inline const char* Unsupported(const Shape& shape, uint32_t blockSize, bool bloc
 }
 
 inline void ComputeTiling(const Shape& shape, uint32_t blockSize, float scale, uint32_t cores,
-                           BranchAttentionTiling* tiling) {
+                          BranchAttentionTiling* tiling) {
   BranchAttentionTiling& t = *tiling;
   t.batch = shape.batch;
   t.branches = shape.branches;

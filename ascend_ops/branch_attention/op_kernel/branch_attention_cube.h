@@ -231,9 +231,8 @@ class CubeSide {
     for (uint32_t row = step.rowBegin; row < step.rowEnd; row += ROW_BLOCK) {
       const uint32_t rows = Smaller(step.rowEnd - row, ROW_BLOCK);
       LoadLeft(queries, row, rows, t->headDim, job.rows);
-      Multiply(right,
-               scoreGm[(to * BRANCH_ATTENTION_TILE_ROWS + row) * BRANCH_ATTENTION_KEYS], rows,
-               columns, t->headDim, BRANCH_ATTENTION_KEYS);
+      Multiply(right, scoreGm[(to * BRANCH_ATTENTION_TILE_ROWS + row) * BRANCH_ATTENTION_KEYS],
+               rows, columns, t->headDim, BRANCH_ATTENTION_KEYS);
     }
     rightL0.FreeTensor(right);
     AscendC::CrossCoreSetFlag<2, PIPE_FIX>(SCORES_READY + to);
@@ -284,7 +283,7 @@ class CubeSide {
   const BranchAttentionTiling* t;
   Schedule* work;
   AscendC::GlobalTensor<T> qGm;
-  AscendC::GlobalTensor<T> keyGm[2];    // the cache, the windows
+  AscendC::GlobalTensor<T> keyGm[2];  // the cache, the windows
   AscendC::GlobalTensor<T> valueGm[2];
   AscendC::GlobalTensor<float> scoreGm;
   AscendC::GlobalTensor<T> weightGm;

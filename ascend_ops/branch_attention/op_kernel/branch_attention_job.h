@@ -145,8 +145,7 @@ class Schedule {
     const int32_t generated = static_cast<int32_t>(job.cacheLen + column) - job.promptLen;
     const int32_t size = static_cast<int32_t>(t->blockSize);
     // The prompt is one block, the one before block 0.
-    const int32_t blockEnd =
-        job.promptLen + (generated < 0 ? 0 : (generated / size + 1) * size);
+    const int32_t blockEnd = job.promptLen + (generated < 0 ? 0 : (generated / size + 1) * size);
     const int32_t visible = blockEnd - static_cast<int32_t>(job.cacheLen);
     return Smaller(static_cast<uint32_t>(visible), length);
   }

@@ -20,11 +20,11 @@ struct BranchAttentionTiling {
   uint32_t kvHeads;
   uint32_t group;  // query heads of a KV head
   uint32_t headDim;
-  uint32_t capacity;   // positions of a sequence: of its cache, or of its pages
-  uint32_t pageSize;   // 0: no pages
+  uint32_t capacity;    // positions of a sequence: of its cache, or of its pages
+  uint32_t pageSize;    // 0: no pages
   uint32_t tablePages;  // entries of a sequence in block_table
-  uint32_t pages;      // of the pool
-  uint32_t blockSize;  // 0: mask "full"
+  uint32_t pages;       // of the pool
+  uint32_t blockSize;   // 0: mask "full"
   float scale;
   // A tile is `branchesPerTile` whole branches or, where one branch has too many rows, one of
   // `chunks` runs of `chunkColumns` columns of it.

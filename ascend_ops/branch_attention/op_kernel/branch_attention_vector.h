@@ -1,6 +1,6 @@
 // branch_attention on a vector core: the online softmax of its half of a tile's rows, and the
-// running output, in fp32. A row's maximum, sum and rescaling factor fill a block of 8 equal floats,
-// so that instructions with a block stride of 0 apply them to whole rows.
+// running output, in fp32. A row's maximum, sum and rescaling factor fill a block of 8 equal
+// floats, so that instructions with a block stride of 0 apply them to whole rows.
 #pragma once
 
 #include "branch_attention_job.h"
@@ -192,8 +192,8 @@ class VectorSide {
     AscendC::Muls(scores, scores, t->scale, static_cast<uint64_t>(Smaller(computed, LANES)), rows,
                   rowwise);
     if (computed > LANES) {
-      AscendC::Muls(scores[LANES], scores[LANES], t->scale,
-                    static_cast<uint64_t>(computed - LANES), rows, rowwise);
+      AscendC::Muls(scores[LANES], scores[LANES], t->scale, static_cast<uint64_t>(computed - LANES),
+                    rows, rowwise);
     }
     Settle();
     Mask(job, step, row, rows, scores);
@@ -314,8 +314,7 @@ class VectorSide {
     for (uint32_t row = own.begin; row < own.end; row += CHUNK_ROWS) {
       const uint32_t rows = Smaller(own.end - row, CHUNK_ROWS);
       AscendC::LocalTensor<float> loading = productQueue.template AllocTensor<float>();
-      AscendC::DataCopy(loading,
-                        productGm[(from * BRANCH_ATTENTION_TILE_ROWS + row) * t->headDim],
+      AscendC::DataCopy(loading, productGm[(from * BRANCH_ATTENTION_TILE_ROWS + row) * t->headDim],
                         rows * t->headDim);
       productQueue.EnQue(loading);
       const uint32_t local = row - half.begin;
@@ -370,8 +369,8 @@ class VectorSide {
                                     uint32_t head) const {
     const uint64_t branch =
         static_cast<uint64_t>(job.batch) * t->branches + job.firstBranch + segment;
-    return (branch * t->window + job.firstColumn + column) * t->queryHeads +
-           job.kvHead * t->group + head;
+    return (branch * t->window + job.firstColumn + column) * t->queryHeads + job.kvHead * t->group +
+           head;
   }
 
   // The place in lse, [B, K, Hq, W].
@@ -403,9 +402,8 @@ class VectorSide {
         copy.blockLen = sizeof(float);
         copy.srcStride = t->group - 1;
         copy.dstStride = 0;
-        AscendC::DataCopyPad(
-            lseGm[LseAt(job, i, (at - first) / t->group, (at - first) % t->group)],
-            lse[(at - row) * BLOCK], copy);
+        AscendC::DataCopyPad(lseGm[LseAt(job, i, (at - first) / t->group, (at - first) % t->group)],
+                             lse[(at - row) * BLOCK], copy);
       }
     }
     lseQueue.FreeTensor(lse);
@@ -457,16 +455,14 @@ class VectorSide {
     if (rows == 0) {
       return;
     }
-    const AscendC::TEventID ready =
-        GetTPipePtr()->FetchEventID(AscendC::HardEvent::V_MTE3);
+    const AscendC::TEventID ready = GetTPipePtr()->FetchEventID(AscendC::HardEvent::V_MTE3);
     AscendC::SetFlag<AscendC::HardEvent::V_MTE3>(ready);
     AscendC::WaitFlag<AscendC::HardEvent::V_MTE3>(ready);
     const uint64_t first = static_cast<uint64_t>(index) * BRANCH_ATTENTION_TILE_ROWS + half.begin;
     AscendC::DataCopy(partialGm[first * t->headDim], output, rows * t->headDim);
     AscendC::DataCopy(stateGm[StateAt(index, 0, half.begin)], maximum, rows * BLOCK);
     AscendC::DataCopy(stateGm[StateAt(index, 1, half.begin)], sum, rows * BLOCK);
-    const AscendC::TEventID stored =
-        GetTPipePtr()->FetchEventID(AscendC::HardEvent::MTE3_V);
+    const AscendC::TEventID stored = GetTPipePtr()->FetchEventID(AscendC::HardEvent::MTE3_V);
     AscendC::SetFlag<AscendC::HardEvent::MTE3_V>(stored);
     AscendC::WaitFlag<AscendC::HardEvent::MTE3_V>(stored);
   }

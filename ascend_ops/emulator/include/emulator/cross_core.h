@@ -20,7 +20,7 @@ constexpr int kSyncAllFirst = 11, kSyncAllLast = 14;
 
 struct CrossCoreFlags {
   struct Flag {
-    std::deque<VectorClock> raised;  // the counter, and what came with each count
+    std::deque<VectorClock> raised;   // the counter, and what came with each count
     std::deque<VectorClock> offered;  // own sets that wait for those of others
     int mode = -1;
   };
@@ -130,8 +130,8 @@ struct CrossCoreFlags {
                                   " is set and never waited for");
         }
         if (!flag.offered.empty()) {
-          throw Fault("leak", "core " + std::to_string(index) + " sets flag " +
-                                  std::to_string(id) + ", and others of its group never do");
+          throw Fault("leak", "core " + std::to_string(index) + " sets flag " + std::to_string(id) +
+                                  ", and others of its group never do");
         }
       }
     }

@@ -127,8 +127,7 @@ void DataCopy(const LocalTensor<T>& dst, const GlobalTensor<T>& src, const Nd2Nz
       for (uint32_t c = 0; c < columns; ++c) {
         const uint64_t block =
             uint64_t{c} * params.dstNzC0Stride + uint64_t{n} * params.dstNzNStride;
-        uint8_t* write =
-            local_write(dst.place(), api, to + block * kBlock, kBlock, PIPE_MTE2);
+        uint8_t* write = local_write(dst.place(), api, to + block * kBlock, kBlock, PIPE_MTE2);
         const uint64_t left = row_bytes - uint64_t{c} * kBlock;
         const uint64_t bytes = left < kBlock ? left : kBlock;
         std::memcpy(write, read + uint64_t{c} * kBlock, bytes);
@@ -238,8 +237,8 @@ void Mmad(const LocalTensor<T>& dst, const LocalTensor<U>& fm, const LocalTensor
     actor.in_order = (m / kFractal) * (n / kFractal) >= 10;
     l0c.shadow.read(begin, end, actor);
   }
-  auto* result = reinterpret_cast<float*>(
-      self.write(Hardware::L0C, begin, end, PIPE_M, Write::kGarbage));
+  auto* result =
+      reinterpret_cast<float*>(self.write(Hardware::L0C, begin, end, PIPE_M, Write::kGarbage));
 
   const uint8_t* left = self.memory(Hardware::L0A).bytes.data() + fm.place().address;
   const uint8_t* right = self.memory(Hardware::L0B).bytes.data() + filter.place().address;
@@ -257,9 +256,9 @@ void Mmad(const LocalTensor<T>& dst, const LocalTensor<U>& fm, const LocalTensor
     for (uint32_t j = 0; j < n; ++j) {
       const uint64_t fractal = uint64_t{l / kFractal} * across + j / kFractal;
       S value;
-      std::memcpy(
-          &value, right + fractal * kFractalBytes + (j % kFractal * kFractal + l % kFractal) * 2,
-          2);
+      std::memcpy(&value,
+                  right + fractal * kFractalBytes + (j % kFractal * kFractal + l % kFractal) * 2,
+                  2);
       b[uint64_t{l} * n + j] = operand_value(value);
     }
   }
@@ -335,8 +334,7 @@ void Fixpipe(const GlobalTensor<T>& dst, const LocalTensor<U>& src,
       local_read(src.place(), api, from + uint64_t{c} * params.srcStride * block,
                  params.mSize * block, PIPE_FIX);
     }
-    const uint8_t* base =
-        core().memory(Hardware::L0C).bytes.data() + src.place().address + from;
+    const uint8_t* base = core().memory(Hardware::L0C).bytes.data() + src.place().address + from;
     for (uint32_t i = 0; i < params.mSize; ++i) {
       for (uint32_t j = 0; j < params.nSize; ++j) {
         float value;

@@ -102,7 +102,10 @@ struct InitConstValueParams {
   using F = ascend_emulator::Field<uint16_t>;
   InitConstValueParams() = default;
   InitConstValueParams(F repeatTimesIn, F blockNumIn, F dstGapIn, const T initValueIn)
-      : repeatTimes(repeatTimesIn), blockNum(blockNumIn), dstGap(dstGapIn), initValue(initValueIn) {}
+      : repeatTimes(repeatTimesIn),
+        blockNum(blockNumIn),
+        dstGap(dstGapIn),
+        initValue(initValueIn) {}
   F repeatTimes, blockNum, dstGap;
   T initValue = 0;
 };
