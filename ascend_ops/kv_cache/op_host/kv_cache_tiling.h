@@ -9,6 +9,8 @@
 namespace lopa {
 
 constexpr uint32_t kBlockBytes = 32;
+// Unified buffer of architecture 2201, less what the toolchain and its library calls keep.
+constexpr uint64_t kUsableUbBytes = 192 * 1024 - 256 - 8192;
 // Lengths of a chunk of sequences, four operands of 64 words (kv_cache_common.h).
 constexpr uint64_t kLengthsBytes = 4 * 64 * 4;
 // A piece of work has no more columns: their rows of cos_sin are in unified buffer twice.

@@ -11,10 +11,6 @@
 
 namespace optiling {
 
-// Unified buffer that the toolchain keeps for itself (asc-devkit: reserved space of arch 2201).
-constexpr uint64_t kReservedUbBytes = 8192 + 256;
-constexpr uint64_t kUbBytes = 192 * 1024;
-
 struct Cores {
   uint32_t count;
   uint64_t ubBytes;
@@ -24,7 +20,7 @@ inline Cores vectorCores(gert::TilingContext* context) {
   platform_ascendc::PlatformAscendC platform(context->GetPlatformInfo());
   uint64_t bytes = 0;
   platform.GetCoreMemSize(platform_ascendc::CoreMemType::UB, bytes);
-  if (bytes > kUbBytes - kReservedUbBytes) bytes = kUbBytes - kReservedUbBytes;
+  if (bytes > lopa::kUsableUbBytes) bytes = lopa::kUsableUbBytes;
   return {platform.GetCoreNumAiv(), bytes};
 }
 

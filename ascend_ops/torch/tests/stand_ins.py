@@ -26,7 +26,7 @@ def _symbols(library: Path, which: str) -> set[str]:
 
 
 def make(package: Path, torch_libraries: Path, out: Path) -> list[Path]:
-    """Makes the stand-ins of the libraries that are not in `package` (torch_npu) nor on the system."""
+    """Makes what neither `package` (torch_npu), nor torch, nor the system has."""
     libraries = sorted(package.rglob("*.so"))
     # Versioned symbols are those of the system's libraries.
     wanted = {s for lib in libraries for s in _symbols(lib, "undefined") if "@" not in s}
