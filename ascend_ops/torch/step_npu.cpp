@@ -24,20 +24,20 @@ class Npu : public NpuCall {
   void run_from_stats(const char*, const BatchView& view, const ColumnStats& stats,
                       const RoundConfig& config, const BatchOutput& output) const {
     if (view.B == 0) return;
-    round(view, stats, nullptr, nullptr, config, output);
+    round(view, stats, nullptr, config, output);
   }
 
   void run_from_logits(const char* op, const BatchView& view, const VocabularyTensors& vocabulary,
                        const RoundConfig& config, const BatchOutput& output) const {
     const auto& [logits, rows, seed, step, sampled] = vocabulary;
     const auto& [metric, temperature, top_k, top_p] = sampled;
-    const LogitsView logits_view = make_logits_view(op, logits, device());
+    make_logits_view(op, logits, device());
     const Sampling sampling =
         check_sampling(op, metric, temperature, top_k, top_p, seed, step, device());
     if (view.B == 0) return;
     const int64_t B = view.B, K = view.K, W = view.W;
     const Tensor given = rows.has_value() ? as_contiguous(*rows) : Tensor();
-    const Tensor wanted = empty({B, K, W}, ScalarType::Int), status = empty({B}, ScalarType::Int),
+    const Tensor wanted = empty({B, K, W}, ScalarType::Int),
                  token = empty({B, K, W}, ScalarType::Long),
                  prob = empty({B, K, W}, ScalarType::Float),
                  score = empty({B, K, W}, ScalarType::Float),
@@ -48,15 +48,14 @@ class Npu : public NpuCall {
            of_sequences(view, view.commit_len), of_sequences(view, view.prompt_len),
            of_sequences(view, view.done),
            Operand::dense(rows.has_value() ? data<int32_t>(given) : nullptr, {B, K, W}),
-           config.select.mask_id, config.shift, logits_view.rows, map,
-           Operand::dense(data<int32_t>(status), {B}));
+           config.select.mask_id, config.shift, map);
     launch_token_confidence(*this, logits, map, sampling,
                             {Operand::dense(data<int64_t>(token), {B, K, W}),
                              Operand::dense(data<float>(prob), {B, K, W}),
                              Operand::dense(data<float>(score), {B, K, W}),
                              Operand::dense(data<int32_t>(unusable), {B, K, W})});
     round(view, {data<int64_t>(token), data<float>(prob), data<float>(score)},
-          data<int32_t>(unusable), data<int32_t>(status), config, output);
+          data<int32_t>(unusable), config, output);
   }
 
   void needed_rows(const char*, const BatchView& view, int64_t mask_id, bool shift,
@@ -83,9 +82,9 @@ class Npu : public NpuCall {
     return Operand::dense(data, {view.B});
   }
 
-  // `unusable` and `status` may be null.
+  // `unusable` may be null.
   void round(const BatchView& v, const ColumnStats& stats, const int32_t* unusable,
-             const int32_t* status, const RoundConfig& c, const BatchOutput& output) const {
+             const RoundConfig& c, const BatchOutput& output) const {
     const SequenceOutput& o = output.first;
     const int64_t B = v.B, K = v.K, W = v.W, nextK = output.branches, nextW = output.window;
     launch("aclnnLopaBranchStep", Operand::dense(stats.token, {B, K, W}),
