@@ -110,6 +110,11 @@ void Shadow::read(uint64_t begin, uint64_t end, const Actor& actor) {
       own->clock = actor.now.clock;
     }
   }
+  // Reads that go on where others ended make one run.
+  auto after = runs_.lower_bound(end);
+  if (after != runs_.begin()) merge_around(std::prev(after));
+  auto first = runs_.find(begin);
+  if (first != runs_.end()) merge_around(first);
 }
 
 void Shadow::write(uint64_t begin, uint64_t end, const Actor& actor, Write kind) {
