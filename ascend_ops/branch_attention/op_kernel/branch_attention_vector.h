@@ -155,16 +155,11 @@ class VectorSide {
     return {begin, end > begin ? end : begin};
   }
 
+  // The flag also lets the cube core write the slot of two steps ago anew: in rows that this core
+  // has read its copies have ended, since the weights of those rows follow them.
   __aicore__ inline void Softmax(const Job& job, const Step& step, uint32_t from) {
     AscendC::CrossCoreWaitFlag(SCORES_READY + from);
     const Half own = Own(step);
-    if (own.begin == own.end) {
-      // The flag below also says that P V of two steps ago has been read; with rows of its own the
-      // softmax orders MTE3 after that read, without them this does.
-      const AscendC::TEventID read = GetTPipePtr()->FetchEventID(AscendC::HardEvent::MTE2_MTE3);
-      AscendC::SetFlag<AscendC::HardEvent::MTE2_MTE3>(read);
-      AscendC::WaitFlag<AscendC::HardEvent::MTE2_MTE3>(read);
-    }
     for (uint32_t row = own.begin; row < own.end; row += CHUNK_ROWS) {
       SoftmaxRows(job, step, row, Smaller(own.end - row, CHUNK_ROWS), from);
     }
