@@ -303,14 +303,9 @@ def branch_attention_lse(*arguments: Any, **options: Any) -> tuple[Tensor, Tenso
 
 # The operators of the KV cache write in place. torchair hands a converter copies (TensorMove) of
 # what is written, takes the outputs of the same names for the new values, and assigns those to
-# what was copied. It reads the names off the last operator that the converter has added.
-
-
-def _status(status: Tensor, like: Tensor) -> Tensor:
-    """The status words; without any, some that nobody reads."""
-    if status is not None:
-        return status
-    return ge.custom_op("ZerosLike", inputs={"x": like}, outputs=["y"])
+# what was copied. It reads the names off the last operator that the converter has added. Status
+# words are always there: torchair (of torch_npu 2.13) converts no mutable argument that is absent,
+# and the public functions give some.
 
 
 @_converts("kv_prewrite_")
@@ -347,7 +342,7 @@ def kv_prewrite_direct_(
     inputs = {
         "k_window": k_window, "v_window": v_window, "k_cache": k_cache, "v_cache": v_cache, "k": k,
         "v": v, "cache_len": cache_len, "commit_len": commit_len, "cos_sin": cos_sin,
-        "status": _status(status, commit_len),
+        "status": status,
     }  # fmt: skip
     outputs = ("k_window", "v_window", "k_cache", "v_cache", "status")
     _op("KvPrewriteDirect", inputs, outputs, {"layer": ge.attr.Int(layer)})
@@ -387,7 +382,7 @@ def qkv_prewrite_direct_(
     inputs = {
         "q": q, "k_window": k_window, "v_window": v_window, "k_cache": k_cache, "v_cache": v_cache,
         "qkv": qkv, "cos_sin": cos_sin, "cache_len": cache_len, "commit_len": commit_len,
-        "status": _status(status, commit_len),
+        "status": status,
     }  # fmt: skip
     outputs = ("q", "k_window", "v_window", "k_cache", "v_cache", "status")
     _op("QkvPrewriteDirect", inputs, outputs, {"layer": ge.attr.Int(layer)})
@@ -407,7 +402,7 @@ def kv_commit_(
     inputs = {
         "k_cache": k_cache, "v_cache": v_cache, "k_window": k_window, "v_window": v_window,
         "winner": winner, "cache_len": cache_len, "commit_len": commit_len,
-        "status": _status(status, commit_len),
+        "status": status,
     }  # fmt: skip
     _op("KvCommit", inputs, ("k_cache", "v_cache", "status"), {})
 
