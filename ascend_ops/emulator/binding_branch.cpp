@@ -1,11 +1,22 @@
 // The branch room in the Python module: its kernels and their tiling.
+#include <string>
+
 #include "binding.h"
 #include "branch/op_host/branch_tiling.h"
+#include "branch/op_kernel/branch_confidence.cpp"
 #include "branch/op_kernel/branch_step.cpp"
+#include "branch/op_kernel/needed_rows.cpp"
+#include "branch/op_kernel/select_positions.cpp"
+#include "branch/op_kernel/spawn_branches.cpp"
+#include "branch/op_kernel/step_rows.cpp"
 #include "emulator/launch.h"
-#include "kernel_operator.h"
 
-ASCEND_EMULATOR_KERNEL(branch_step);
+ASCEND_EMULATOR_KERNEL(lopa_branch_confidence);
+ASCEND_EMULATOR_KERNEL(lopa_branch_step);
+ASCEND_EMULATOR_KERNEL(lopa_needed_rows);
+ASCEND_EMULATOR_KERNEL(lopa_select_positions);
+ASCEND_EMULATOR_KERNEL(lopa_spawn_branches);
+ASCEND_EMULATOR_KERNEL(lopa_step_rows);
 
 namespace {
 
@@ -35,18 +46,58 @@ const ascend_emulator::Binding binding([](py::module_& m) {
   m.def(
       "branch_step_tiling",
       [](uint32_t batch, uint32_t branches, uint32_t window, uint32_t next_branches,
-         uint32_t next_window, bool has_unusable, bool has_status, bool shift, bool force_anchor,
-         int64_t add_count, int64_t max_blocks, int64_t eos_id, const ReduceTiling& reduce,
+         uint32_t next_window, bool has_unusable, bool shift, bool force_anchor, int64_t add_count,
+         int64_t max_blocks, int64_t eos_id, const ReduceTiling& reduce,
          const SelectTiling& select) {
         refuse(lopa::step_refusal(branches, window, next_branches, next_window));
         return ascend_emulator::as_bytes(lopa::BranchStepTiling{
-            batch, branches, window, next_branches, next_window, has_unusable, has_status, shift,
-            force_anchor, add_count, max_blocks, eos_id, reduce, select});
+            batch, branches, window, next_branches, next_window, has_unusable, shift, force_anchor,
+            add_count, max_blocks, eos_id, reduce, select});
       },
       py::kw_only(), py::arg("batch"), py::arg("branches"), py::arg("window"),
-      py::arg("next_branches"), py::arg("next_window"), py::arg("has_unusable"),
-      py::arg("has_status"), py::arg("shift"), py::arg("force_anchor"), py::arg("add_count"),
-      py::arg("max_blocks"), py::arg("eos_id"), py::arg("reduce"), py::arg("select"));
+      py::arg("next_branches"), py::arg("next_window"), py::arg("has_unusable"), py::arg("shift"),
+      py::arg("force_anchor"), py::arg("add_count"), py::arg("max_blocks"), py::arg("eos_id"),
+      py::arg("reduce"), py::arg("select"));
+  m.def("soft_double", [](double a, double b, const std::string& operation) {
+    using lopa::branch::Double;
+    const Double x = Double::OfBits(lopa::bits_of_double(a)),
+                 y = Double::OfBits(lopa::bits_of_double(b));
+    if (operation == "float") return static_cast<double>(x.ToFloat());
+    const Double z = operation == "+" ? x.Plus(y) : operation == "*" ? x.Times(y) : x.Over(y);
+    return lopa::double_of_bits(static_cast<int64_t>(z.bits));
+  });
+  m.def(
+      "rows_tiling",
+      [](uint32_t batch, uint32_t branches, uint32_t window, bool shift, bool has_given,
+         int64_t mask_id, int64_t capacity) {
+        return ascend_emulator::as_bytes(
+            lopa::RowsTiling{batch, branches, window, shift, has_given, mask_id, capacity});
+      },
+      py::kw_only(), py::arg("batch"), py::arg("branches"), py::arg("window"), py::arg("shift"),
+      py::arg("has_given"), py::arg("mask_id"), py::arg("capacity"));
+  m.def(
+      "branch_confidence_tiling",
+      [](uint32_t batch, uint32_t branches, uint32_t window, bool has_branches, bool has_length,
+         const ReduceTiling& reduce) {
+        return ascend_emulator::as_bytes(lopa::BranchConfidenceTiling{
+            batch, branches, window, has_branches, has_length, reduce});
+      },
+      py::kw_only(), py::arg("batch"), py::arg("branches"), py::arg("window"),
+      py::arg("has_branches"), py::arg("has_length"), py::arg("reduce"));
+  m.def(
+      "select_positions_tiling",
+      [](uint32_t batch, uint32_t window, uint32_t lookahead, const SelectTiling& select) {
+        return ascend_emulator::as_bytes(
+            lopa::SelectPositionsTiling{batch, window, lookahead, select});
+      },
+      py::kw_only(), py::arg("batch"), py::arg("window"), py::arg("lookahead"), py::arg("select"));
+  m.def(
+      "spawn_branches_tiling",
+      [](uint32_t batch, uint32_t branches, uint32_t window, int64_t eos_id) {
+        return ascend_emulator::as_bytes(
+            lopa::SpawnBranchesTiling{batch, branches, window, eos_id});
+      },
+      py::kw_only(), py::arg("batch"), py::arg("branches"), py::arg("window"), py::arg("eos_id"));
 });
 
 }  // namespace

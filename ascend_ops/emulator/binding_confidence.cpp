@@ -5,37 +5,37 @@
 #include "kernel_operator.h"
 
 #define DTYPE_LOGITS float
-#define token_confidence token_confidence_fp32
-#define softmax_stats softmax_stats_fp32
+#define lopa_token_confidence lopa_token_confidence_fp32
+#define lopa_softmax_stats lopa_softmax_stats_fp32
 #include "confidence/op_kernel/softmax_stats.cpp"
 #include "confidence/op_kernel/token_confidence.cpp"
 #undef DTYPE_LOGITS
-#undef token_confidence
-#undef softmax_stats
-ASCEND_EMULATOR_KERNEL(token_confidence_fp32);
-ASCEND_EMULATOR_KERNEL(softmax_stats_fp32);
+#undef lopa_token_confidence
+#undef lopa_softmax_stats
+ASCEND_EMULATOR_KERNEL(lopa_token_confidence_fp32);
+ASCEND_EMULATOR_KERNEL(lopa_softmax_stats_fp32);
 
 #define DTYPE_LOGITS half
-#define token_confidence token_confidence_fp16
-#define softmax_stats softmax_stats_fp16
+#define lopa_token_confidence lopa_token_confidence_fp16
+#define lopa_softmax_stats lopa_softmax_stats_fp16
 #include "confidence/op_kernel/softmax_stats.cpp"
 #include "confidence/op_kernel/token_confidence.cpp"
 #undef DTYPE_LOGITS
-#undef token_confidence
-#undef softmax_stats
-ASCEND_EMULATOR_KERNEL(token_confidence_fp16);
-ASCEND_EMULATOR_KERNEL(softmax_stats_fp16);
+#undef lopa_token_confidence
+#undef lopa_softmax_stats
+ASCEND_EMULATOR_KERNEL(lopa_token_confidence_fp16);
+ASCEND_EMULATOR_KERNEL(lopa_softmax_stats_fp16);
 
 #define DTYPE_LOGITS bfloat16_t
-#define token_confidence token_confidence_bf16
-#define softmax_stats softmax_stats_bf16
+#define lopa_token_confidence lopa_token_confidence_bf16
+#define lopa_softmax_stats lopa_softmax_stats_bf16
 #include "confidence/op_kernel/softmax_stats.cpp"
 #include "confidence/op_kernel/token_confidence.cpp"
 #undef DTYPE_LOGITS
-#undef token_confidence
-#undef softmax_stats
-ASCEND_EMULATOR_KERNEL(token_confidence_bf16);
-ASCEND_EMULATOR_KERNEL(softmax_stats_bf16);
+#undef lopa_token_confidence
+#undef lopa_softmax_stats
+ASCEND_EMULATOR_KERNEL(lopa_token_confidence_bf16);
+ASCEND_EMULATOR_KERNEL(lopa_softmax_stats_bf16);
 
 namespace {
 

@@ -2,7 +2,6 @@
 // it.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -23,16 +22,10 @@ inline double double_of_bits(int64_t bits) {
   return value;
 }
 
-// Of a number in (0, 1].
-inline DoubleShare share_of_double(double value) {
-  int exponent;
-  const double fraction = std::frexp(value, &exponent);  // value = fraction 2^exponent
-  return {static_cast<uint64_t>(std::ldexp(fraction, 53)), static_cast<uint32_t>(53 - exponent)};
-}
-
-inline DoubleWeight weight_of_double(double value) {
-  const float high = static_cast<float>(value);
-  return {high, static_cast<float>(value - static_cast<double>(high))};
+inline uint64_t bits_of_double(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
 }
 
 inline ReduceTiling tile_reduction(BranchReduction reduction, double fraction, int64_t group,
@@ -40,9 +33,9 @@ inline ReduceTiling tile_reduction(BranchReduction reduction, double fraction, i
   ReduceTiling tiling{};
   tiling.reduction = reduction;
   tiling.group = static_cast<uint32_t>(group);
-  tiling.fraction = share_of_double(fraction);
-  tiling.alpha = weight_of_double(alpha);
-  tiling.rest = weight_of_double(1.0 - alpha);
+  tiling.fraction = bits_of_double(fraction);
+  tiling.alpha = bits_of_double(alpha);
+  tiling.rest = bits_of_double(1.0 - alpha);
   tiling.only = alpha <= 0.0 ? 1 : alpha >= 1.0 ? 2 : 0;
   return tiling;
 }

@@ -16,7 +16,6 @@ struct BranchStepInputs {
   GM_ADDR prob;
   GM_ADDR score;
   GM_ADDR unusable;
-  GM_ADDR status;
   branch::StateAddresses state;
 };
 
@@ -44,7 +43,6 @@ class BranchStep {
     prob_in_ = branch::global<float>(in.prob, columns);
     score_in_ = branch::global<float>(in.score, columns);
     if (t_.has_unusable) unusable_in_ = branch::global<int32_t>(in.unusable, columns);
-    if (t_.has_status) status_in_ = branch::global<int32_t>(in.status, B);
     const branch::StateAddresses& s = in.state;
     numbers_.Init(B, s.branches, s.cache_len, s.commit_len, s.prompt_len, s.done);
     tokens_in_ = branch::global<int64_t>(s.tokens, columns);
@@ -128,7 +126,7 @@ class BranchStep {
 
   __aicore__ inline void Read(uint32_t b) {
     n_ = numbers_.Read(b);
-    status_ = t_.has_status ? status_in_.GetValue(b) : 0;
+    status_ = 0;
     carry_token_ = carry_token_in_.GetValue(b);
     carry_prob_ = carry_prob_in_.GetValue(b);
     carry_score_ = carry_score_in_.GetValue(b);
@@ -204,6 +202,11 @@ class BranchStep {
     return false;
   }
 
+  // 1: a NaN or no finite logit; 2: no such row.
+  __aicore__ inline static int32_t RowStatus(int32_t unusable) {
+    return unusable == 2 ? kStatusMissingRow : unusable != 0 ? kStatusNonfinite : 0;
+  }
+
   __aicore__ inline float Confidence(uint32_t k, int32_t& status) {
     const int32_t length = Length(k), shift = t_.shift != 0 ? 1 : 0;
     LocalTensor<int64_t> tokens = tokens_.Get<int64_t>();
@@ -211,18 +214,15 @@ class BranchStep {
     LocalTensor<float> list = list_.Get<float>();
     const branch::ColumnStats stats = Stats();
     uint32_t open = 0;
-    if (t_.has_unusable && shift != 0 && n_.commit_len > 0 &&
-        unusable.GetValue(n_.commit_len - 1) != 0) {
-      status |= kStatusNonfinite;
+    if (t_.has_unusable && shift != 0 && n_.commit_len > 0) {
+      status |= RowStatus(unusable.GetValue(n_.commit_len - 1));
     }
     for (int32_t c = n_.FirstGenerated(); c < length; ++c) {
       if (tokens.GetValue(c) != t_.select.mask_id) continue;
       const float score = stats.Score(c);
       // Statistics of infinite or NaN score come from rows without a usable distribution.
       if (!branch::is_finite(score)) status |= kStatusNonfinite;
-      if (t_.has_unusable && c >= shift && unusable.GetValue(c - shift) != 0) {
-        status |= kStatusNonfinite;
-      }
+      if (t_.has_unusable && c >= shift) status |= RowStatus(unusable.GetValue(c - shift));
       list.SetValue(open++, branch::rankable(score));
     }
     if (length == 0) return 1.0f;
@@ -464,7 +464,7 @@ class BranchStep {
   branch::NumbersInput numbers_;
   GlobalTensor<int64_t> token_in_, tokens_in_, carry_token_in_;
   GlobalTensor<float> prob_in_, score_in_, creation_in_, carry_prob_in_, carry_score_in_;
-  GlobalTensor<int32_t> unusable_in_, status_in_, length_in_;
+  GlobalTensor<int32_t> unusable_in_, length_in_;
   GlobalTensor<uint8_t> eos_in_;
   GlobalTensor<int64_t> tokens_out_, committed_out_, carry_token_out_;
   GlobalTensor<float> creation_out_, confidence_out_, carry_prob_out_, carry_score_out_;

@@ -1,5 +1,5 @@
 // What the host tells the kernels of the branch room. Plain data; no doubles, which the scalar
-// unit does not have: a share or weight in double arrives as what it consists of.
+// unit does not have: a share or weight in double arrives as its bits.
 #pragma once
 
 #include <cstdint>
@@ -13,21 +13,11 @@ enum BranchReduction : uint32_t {
   kReduceMin = 3,
 };
 
-// A number in double as mantissa * 2^-exponent, exponent at least 52, or as a sum of two floats.
-struct DoubleShare {
-  uint64_t mantissa;
-  uint32_t exponent;
-};
-struct DoubleWeight {
-  float high, low;
-};
-
 struct ReduceTiling {
   uint32_t reduction;
-  uint32_t group;  // 0: none
-  DoubleShare fraction;
-  DoubleWeight alpha, rest;  // rest: 1 - alpha
-  uint32_t only;             // 1: alpha is 0, the scores alone; 2: alpha is 1, the creation alone
+  uint32_t group;                  // 0: none
+  uint64_t fraction, alpha, rest;  // bits of doubles; rest: 1 - alpha
+  uint32_t only;  // 1: alpha is 0, the scores alone; 2: alpha is 1, the creation alone
 };
 
 struct SelectTiling {
@@ -42,7 +32,7 @@ struct SelectTiling {
 struct BranchStepTiling {
   uint32_t batch, branches, window;
   uint32_t next_branches, next_window;
-  uint32_t has_unusable, has_status;
+  uint32_t has_unusable;
   uint32_t shift, force_anchor;
   int64_t add_count;
   int64_t max_blocks;
@@ -57,8 +47,7 @@ struct RowsTiling {
   uint32_t shift;
   uint32_t has_given;  // StepRows: a map of rows is given
   int64_t mask_id;
-  int64_t row_count;  // StepRows: rows of logits
-  int64_t capacity;   // NeededRows
+  int64_t capacity;  // NeededRows
 };
 
 struct BranchConfidenceTiling {

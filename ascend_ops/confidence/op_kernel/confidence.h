@@ -282,11 +282,14 @@ class Confidence {
     words.SetValue(7, 0u);
   }
 
+  // Why a row's statistics are of no use.
+  enum Unusable : int32_t { kUsable = 0, kNotFinite = 1, kNoRow = 2 };
+
   struct Row {
     int64_t token = 0;
     float prob = 0.0f, margin = 0.0f;
     float neg_entropy, lse;
-    int32_t unusable = 0;
+    int32_t unusable = kUsable;
     __aicore__ inline Row()
         : neg_entropy(float_of_bits(kNegInfBits)), lse(float_of_bits(kNegInfBits)) {}
   };
@@ -298,7 +301,11 @@ class Confidence {
       synchronise<HardEvent::MTE3_S>();
       for (uint32_t i = 0; i < count; ++i) {
         Row row;
-        if (LogitsRow(first + i) >= 0) Merge(first + i, row);
+        if (LogitsRow(first + i) >= 0) {
+          Merge(first + i, row);
+        } else {
+          row.unusable = kNoRow;
+        }
         Put(i, row);
       }
       synchronise<HardEvent::S_MTE3>();
@@ -324,7 +331,7 @@ class Confidence {
         best = t;
       }
     }
-    row.unusable = (flags & kHasNan) != 0 || (flags & kHasFinite) == 0 ? 1 : 0;
+    row.unusable = (flags & kHasNan) != 0 || (flags & kHasFinite) == 0 ? kNotFinite : kUsable;
     if ((flags & kHasFinite) == 0) return;
 
     LocalTensor<float> deltas = deltas_.Get<float>(), weights = weights_.Get<float>();

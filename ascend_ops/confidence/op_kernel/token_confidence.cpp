@@ -1,9 +1,10 @@
 #include "confidence.h"
 
-extern "C" __global__ __aicore__ void token_confidence(GM_ADDR logits, GM_ADDR rows, GM_ADDR seed,
-                                                       GM_ADDR step, GM_ADDR token, GM_ADDR prob,
-                                                       GM_ADDR score, GM_ADDR unusable,
-                                                       GM_ADDR workspace, GM_ADDR tiling) {
+extern "C" __global__ __aicore__ void lopa_token_confidence(GM_ADDR logits, GM_ADDR rows,
+                                                            GM_ADDR seed, GM_ADDR step,
+                                                            GM_ADDR token, GM_ADDR prob,
+                                                            GM_ADDR score, GM_ADDR unusable,
+                                                            GM_ADDR workspace, GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   REGISTER_TILING_DEFAULT(lopa::ConfidenceTiling);
   GET_TILING_DATA(data, tiling);
