@@ -26,6 +26,7 @@ _converters: dict[str, _Converter] = {}
 _STATE = LopaState._fields
 _NEXT = tuple(f"next_{name}" for name in _STATE)
 _RESULTS = LopaStep._fields[1:]
+_STATISTICS_TYPES = (torch.int64, torch.float32, torch.float32, torch.int32)
 _ROWS_STATE = (
     "tokens", "length", "branches", "cache_len", "commit_len", "prompt_len", "done",
 )  # fmt: skip
@@ -86,7 +87,11 @@ def _confidence(
     inputs = {"logits": logits, "rows": rows, "seed": seed, "step": step}
     attributes = {"metric": ge.attr.Str(metric), **_sampling(temperature, top_k, top_p)}
     outputs = ("token", "prob", "score", "unusable")
-    return _op("TokenConfidence", inputs, outputs, attributes)
+    made = _op("TokenConfidence", inputs, outputs, attributes)
+    # torchair knows the dtypes of what a torch operator returns, and of nothing between.
+    for tensor, dtype in zip(made, _STATISTICS_TYPES, strict=True):
+        tensor.set_torch_dtype(dtype)
+    return made
 
 
 @_converts("token_confidence")
@@ -192,7 +197,7 @@ def spawn_branches(
     tokens: Tensor, eos: Tensor, token: Tensor, score: Tensor, columns: Tensor, eos_id: int
 ) -> tuple[Tensor, ...]:
     inputs = {"tokens": tokens, "eos": eos, "token": token, "score": score, "columns": columns}
-    outputs = ("branch_tokens", "creation", "branch_eos", "branches")
+    outputs = ("out_tokens", "out_creation", "out_eos", "out_branches")
     return _op("SpawnBranches", inputs, outputs, {"eos_id": ge.attr.Int(eos_id)})
 
 
@@ -245,6 +250,7 @@ def lopa_step(
         ("wanted",),
         {"mask_id": ge.attr.Int(mask_id), "shift": ge.attr.Bool(shift)},
     )
+    wanted.set_torch_dtype(torch.int32)
     names = ("token", "prob", "score", "unusable")
     statistics = _confidence(logits, wanted, seed, step, *sampling)
     return _round(dict(zip(names, statistics, strict=True)), state, settings)
@@ -288,7 +294,9 @@ def _attention(
         "scale": ge.attr.Float(0.0 if scale is None else scale),
         "cache_layout": ge.attr.Str("BSND"),
     }
-    return _op("BranchAttention", inputs, ("out", "lse"), attributes)
+    out, lse = _op("BranchAttention", inputs, ("out", "lse"), attributes)
+    lse.set_torch_dtype(torch.float32)
+    return out, lse
 
 
 @_converts("branch_attention")

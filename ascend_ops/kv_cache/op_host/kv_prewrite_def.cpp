@@ -1,21 +1,21 @@
 // Pre-Write: torch.ops.lopa.{kv_prewrite_, kv_prewrite_direct_, qkv_prewrite_,
 // qkv_prewrite_direct_}, operands in the order of their schemas (csrc/registration.cpp), attributes
 // last.
-#include "kv_cache_def.h"
+#include "../../common/definition.h"
 
 namespace ops {
 
 class LopaKvPrewrite : public OpDef {
  public:
   explicit LopaKvPrewrite(const char* name) : OpDef(name) {
-    addInput(*this, "k_window", REQUIRED, kRows);
-    addInput(*this, "v_window", REQUIRED, kRows);
-    addInput(*this, "k", REQUIRED, kRows);
-    addInput(*this, "v", REQUIRED, kRows);
-    addInput(*this, "cos_sin", OPTIONAL, kFloat);
-    addInput(*this, "cache_len", OPTIONAL, kInt32);
-    addOutput(*this, "k_window", kRows);
-    addOutput(*this, "v_window", kRows);
+    addInput(*this, "k_window", REQUIRED, rowTypes());
+    addInput(*this, "v_window", REQUIRED, rowTypes());
+    addInput(*this, "k", REQUIRED, rowTypes());
+    addInput(*this, "v", REQUIRED, rowTypes());
+    addInput(*this, "cos_sin", OPTIONAL, always(ge::DT_FLOAT));
+    addInput(*this, "cache_len", OPTIONAL, always(ge::DT_INT32));
+    addOutput(*this, "k_window", rowTypes());
+    addOutput(*this, "v_window", rowTypes());
     this->Attr("layer").AttrType(REQUIRED).Int();
     addConfigs(*this);
   }
@@ -24,21 +24,21 @@ class LopaKvPrewrite : public OpDef {
 class LopaKvPrewriteDirect : public OpDef {
  public:
   explicit LopaKvPrewriteDirect(const char* name) : OpDef(name) {
-    addInput(*this, "k_window", REQUIRED, kRows);
-    addInput(*this, "v_window", REQUIRED, kRows);
-    addInput(*this, "k_cache", REQUIRED, kRows);
-    addInput(*this, "v_cache", REQUIRED, kRows);
-    addInput(*this, "k", REQUIRED, kRows);
-    addInput(*this, "v", REQUIRED, kRows);
-    addInput(*this, "cache_len", REQUIRED, kInt32);
-    addInput(*this, "commit_len", REQUIRED, kInt32);
-    addInput(*this, "cos_sin", OPTIONAL, kFloat);
-    addInput(*this, "status", REQUIRED, kInt32);
-    addOutput(*this, "k_window", kRows);
-    addOutput(*this, "v_window", kRows);
-    addOutput(*this, "k_cache", kRows);
-    addOutput(*this, "v_cache", kRows);
-    addOutput(*this, "status", kInt32);
+    addInput(*this, "k_window", REQUIRED, rowTypes());
+    addInput(*this, "v_window", REQUIRED, rowTypes());
+    addInput(*this, "k_cache", REQUIRED, rowTypes());
+    addInput(*this, "v_cache", REQUIRED, rowTypes());
+    addInput(*this, "k", REQUIRED, rowTypes());
+    addInput(*this, "v", REQUIRED, rowTypes());
+    addInput(*this, "cache_len", REQUIRED, always(ge::DT_INT32));
+    addInput(*this, "commit_len", REQUIRED, always(ge::DT_INT32));
+    addInput(*this, "cos_sin", OPTIONAL, always(ge::DT_FLOAT));
+    addInput(*this, "status", REQUIRED, always(ge::DT_INT32));
+    addOutput(*this, "k_window", rowTypes());
+    addOutput(*this, "v_window", rowTypes());
+    addOutput(*this, "k_cache", rowTypes());
+    addOutput(*this, "v_cache", rowTypes());
+    addOutput(*this, "status", always(ge::DT_INT32));
     this->Attr("layer").AttrType(REQUIRED).Int();
     addConfigs(*this);
   }
@@ -47,15 +47,15 @@ class LopaKvPrewriteDirect : public OpDef {
 class LopaQkvPrewrite : public OpDef {
  public:
   explicit LopaQkvPrewrite(const char* name) : OpDef(name) {
-    addInput(*this, "q", REQUIRED, kRows);
-    addInput(*this, "k_window", REQUIRED, kRows);
-    addInput(*this, "v_window", REQUIRED, kRows);
-    addInput(*this, "qkv", REQUIRED, kRows);
-    addInput(*this, "cos_sin", REQUIRED, kFloat);
-    addInput(*this, "cache_len", REQUIRED, kInt32);
-    addOutput(*this, "q", kRows);
-    addOutput(*this, "k_window", kRows);
-    addOutput(*this, "v_window", kRows);
+    addInput(*this, "q", REQUIRED, rowTypes());
+    addInput(*this, "k_window", REQUIRED, rowTypes());
+    addInput(*this, "v_window", REQUIRED, rowTypes());
+    addInput(*this, "qkv", REQUIRED, rowTypes());
+    addInput(*this, "cos_sin", REQUIRED, always(ge::DT_FLOAT));
+    addInput(*this, "cache_len", REQUIRED, always(ge::DT_INT32));
+    addOutput(*this, "q", rowTypes());
+    addOutput(*this, "k_window", rowTypes());
+    addOutput(*this, "v_window", rowTypes());
     this->Attr("layer").AttrType(REQUIRED).Int();
     addConfigs(*this);
   }
@@ -64,22 +64,22 @@ class LopaQkvPrewrite : public OpDef {
 class LopaQkvPrewriteDirect : public OpDef {
  public:
   explicit LopaQkvPrewriteDirect(const char* name) : OpDef(name) {
-    addInput(*this, "q", REQUIRED, kRows);
-    addInput(*this, "k_window", REQUIRED, kRows);
-    addInput(*this, "v_window", REQUIRED, kRows);
-    addInput(*this, "k_cache", REQUIRED, kRows);
-    addInput(*this, "v_cache", REQUIRED, kRows);
-    addInput(*this, "qkv", REQUIRED, kRows);
-    addInput(*this, "cos_sin", REQUIRED, kFloat);
-    addInput(*this, "cache_len", REQUIRED, kInt32);
-    addInput(*this, "commit_len", REQUIRED, kInt32);
-    addInput(*this, "status", REQUIRED, kInt32);
-    addOutput(*this, "q", kRows);
-    addOutput(*this, "k_window", kRows);
-    addOutput(*this, "v_window", kRows);
-    addOutput(*this, "k_cache", kRows);
-    addOutput(*this, "v_cache", kRows);
-    addOutput(*this, "status", kInt32);
+    addInput(*this, "q", REQUIRED, rowTypes());
+    addInput(*this, "k_window", REQUIRED, rowTypes());
+    addInput(*this, "v_window", REQUIRED, rowTypes());
+    addInput(*this, "k_cache", REQUIRED, rowTypes());
+    addInput(*this, "v_cache", REQUIRED, rowTypes());
+    addInput(*this, "qkv", REQUIRED, rowTypes());
+    addInput(*this, "cos_sin", REQUIRED, always(ge::DT_FLOAT));
+    addInput(*this, "cache_len", REQUIRED, always(ge::DT_INT32));
+    addInput(*this, "commit_len", REQUIRED, always(ge::DT_INT32));
+    addInput(*this, "status", REQUIRED, always(ge::DT_INT32));
+    addOutput(*this, "q", rowTypes());
+    addOutput(*this, "k_window", rowTypes());
+    addOutput(*this, "v_window", rowTypes());
+    addOutput(*this, "k_cache", rowTypes());
+    addOutput(*this, "v_cache", rowTypes());
+    addOutput(*this, "status", always(ge::DT_INT32));
     this->Attr("layer").AttrType(REQUIRED).Int();
     addConfigs(*this);
   }

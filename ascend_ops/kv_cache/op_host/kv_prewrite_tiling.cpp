@@ -1,5 +1,5 @@
 // Reads shapes for kv_cache_tiling.h's arithmetic: Pre-Write.
-#include "kv_cache_tiling_context.h"
+#include "kv_cache_shape.h"
 
 namespace optiling {
 namespace {
