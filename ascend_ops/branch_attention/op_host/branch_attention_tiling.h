@@ -21,12 +21,12 @@ struct Shape {
   uint32_t pages;        // and pages of the pool
 };
 
-// Tiles below this many jobs are cut along the prefix. A constant and not the number of cores of
-// the device at hand, so that results are the same on every one.
-constexpr uint32_t WANTED_JOBS = 24;
+// How a prefix is cut assumes this many AI cores. A constant and not the number of the device at
+// hand, so that results are the same on every one.
+constexpr uint32_t ASSUMED_CORES = 24;
 constexpr uint32_t MAX_SPLITS = 16;
-// A part of a prefix has to be worth the merge: its output is written and read once more.
-constexpr uint32_t MIN_SPLIT_KEYS = 4 * BRANCH_ATTENTION_KEYS;
+// Steps of keys that a part has at least.
+constexpr uint32_t MIN_SPLIT_STEPS = 2;
 // Nd2NzParams holds strides in 16 bits.
 constexpr uint64_t MAX_ROW_STRIDE = 65535;
 
@@ -64,6 +64,25 @@ inline const char* Unsupported(const Shape& shape, uint32_t blockSize, bool bloc
   return nullptr;
 }
 
+// Into how many parts the prefix of each tile is cut, so that the rounds of jobs take the fewest
+// steps. The output of a part is written and read once more, which counts as half a step.
+inline uint32_t ChooseSplits(uint32_t tiles, uint32_t steps) {
+  uint32_t best = 1;
+  uint64_t least = UINT64_MAX;
+  for (uint32_t splits = 1; splits <= MAX_SPLITS; ++splits) {
+    if (splits > 1 && steps < splits * MIN_SPLIT_STEPS) {
+      break;
+    }
+    const uint64_t rounds = CeilDiv(tiles * splits, ASSUMED_CORES);
+    const uint64_t halfSteps = rounds * (2 * CeilDiv(steps, splits) + (splits > 1 ? 1 : 0));
+    if (halfSteps < least) {
+      least = halfSteps;
+      best = splits;
+    }
+  }
+  return best;
+}
+
 inline void ComputeTiling(const Shape& shape, uint32_t blockSize, float scale, uint32_t cores,
                           BranchAttentionTiling* tiling) {
   BranchAttentionTiling& t = *tiling;
@@ -97,11 +116,7 @@ inline void ComputeTiling(const Shape& shape, uint32_t blockSize, float scale, u
     t.tilesPerHead = shape.branches * t.chunks;
   }
   const uint32_t tiles = shape.batch * shape.kvHeads * t.tilesPerHead;
-  t.splits = CeilDiv(WANTED_JOBS, tiles);
-  const uint32_t longest = CeilDiv(t.capacity, MIN_SPLIT_KEYS);
-  t.splits = t.splits < longest ? t.splits : longest;
-  t.splits = t.splits < MAX_SPLITS ? t.splits : MAX_SPLITS;
-  t.splits = t.splits > 0 ? t.splits : 1;
+  t.splits = ChooseSplits(tiles, CeilDiv(t.capacity, BRANCH_ATTENTION_KEYS));
   t.jobs = tiles * t.splits;
   t.cores = cores < t.jobs ? cores : t.jobs;
 

@@ -1,0 +1,122 @@
+"""``python -m bench.ascend``: the AscendC kernels on emulated cores, and a model of their cost.
+
+The figures are a model (``ascend_ops/emulator/cost.py``): counters of the emulated run over the
+peak rates of an Ascend 910B. Nothing was run on an NPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ascend_ops.emulator import cost
+from ascend_ops.emulator.branch_attention import branch_attention
+
+
+@dataclass(frozen=True)
+class Run:
+    """A launch: the report of the emulator, and the bytes of its operands, each once."""
+
+    report: Mapping[str, Any]
+    operands: int
+
+
+@dataclass(frozen=True)
+class Modelled:
+    """A shape of an operator to model."""
+
+    op: str
+    name: str
+    run: Callable[[], Run]
+
+
+def _attention(
+    branches: int, window: int, prefix: int, query_heads: int, kv_heads: int, head_dim: int = 128
+) -> Modelled:
+    def run() -> Run:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*sizes: int) -> torch.Tensor:
+            return torch.randn(*sizes, generator=generator).bfloat16()
+
+        q = draw(1, branches, window, query_heads, head_dim)
+        caches = [draw(1, prefix, kv_heads, head_dim) for _ in range(2)]
+        windows = [draw(1, branches, window, kv_heads, head_dim) for _ in range(2)]
+        cache_len = torch.tensor([prefix], dtype=torch.int32)
+        length = torch.full((1, branches), window, dtype=torch.int32)
+        cores = cost.ASCEND_910B.cores
+        result = branch_attention(q, *caches, *windows, cache_len, length, cores=cores)
+        tensors = [q, *caches, *windows, result.out, result.lse]
+        return Run(result.report, sum(t.numel() * t.element_size() for t in tensors))
+
+    name = f"K={branches} W={window} P={prefix} {query_heads}/{kv_heads} D={head_dim} bf16"
+    return Modelled("branch_attention", name, run)
+
+
+#: Dream's heads (28/4) and LLaDA's (32/32).
+CASES = [
+    _attention(4, 32, 512, 28, 4),
+    _attention(8, 32, 1024, 28, 4),
+    _attention(4, 64, 1024, 28, 4),
+    _attention(4, 32, 512, 32, 32),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program."""
+    parser = argparse.ArgumentParser(prog="python -m bench.ascend", description=__doc__)
+    parser.add_argument("--op", metavar="NAME", help="operators whose name contains this")
+    parser.add_argument("--json", type=Path, metavar="PATH")
+    options = parser.parse_args(arguments)
+    chosen = [case for case in CASES if options.op is None or options.op in case.op]
+    if not chosen:
+        parser.error(f"--op: no operator's name contains {options.op!r}")
+    table = Table(title="Ascend 910B, a model (us at peak rates); not run on an NPU")
+    for column in ("op", "shape", "memory", "L2", "cube", "vector", "bound"):
+        table.add_column(column, justify="left" if column in ("op", "shape") else "right")
+    for column in ("Mbyte moved", "M repeats", "G MAC", "UB KiB", "flags"):
+        table.add_column(column, justify="right")
+    rows = []
+    for case in chosen:
+        run = case.run()
+        report = {n: v for n, v in run.report.items() if n != "cores"}
+        times = cost.model(run.report, run.operands)
+        engine, longest = times.bound
+        moved = report["gm_to_local"] + report["local_to_gm"]
+        table.add_row(
+            case.op,
+            case.name,
+            *(f"{t:.1f}" for t in (times.memory, times.l2, times.cube, times.vector)),
+            f"{longest:.1f} {engine}",
+            f"{moved / 1e6:.1f}",
+            f"{report['vector_repeats'] / 1e6:.2f}",
+            f"{report['cube_macs'] / 1e9:.2f}",
+            f"{report['peak_ub'] / 1024:.0f}",
+            str(report["flags"] + report["barriers"] + report["cross_core"] + report["sync_all"]),
+        )
+        rows.append(
+            {
+                "op": case.op,
+                "case": case.name,
+                "model_us": asdict(times),
+                "operand_bytes": run.operands,
+                "report": report,
+            }
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps({"model": "Ascend 910B", "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
