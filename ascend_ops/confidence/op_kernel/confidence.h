@@ -359,12 +359,21 @@ class Confidence {
     const float log_sum = Log(sum);
     row.token = static_cast<int64_t>(words.GetValue(best * kPartialWords + kPartIndex));
     row.prob = 1.0f / sum;
-    row.margin = (1.0f - second_weight) / sum;
+    row.margin = OneMinusExp(second, second_weight) / sum;
     row.neg_entropy = weighted / sum - log_sum;
     if (row.neg_entropy > 0.0f) row.neg_entropy = 0.0f;
     row.lse = maximum * tiling_.inverse_temperature + log_sum;
     if (row.lse > kMaxFloat) row.lse = kMaxFloat;
     if (row.lse < -kMaxFloat) row.lse = -kMaxFloat;
+  }
+
+  // 1 - exp(x) for x <= 0: the difference of neighbours cancels, so that near 0 the series is
+  // summed.
+  __aicore__ inline static float OneMinusExp(float x, float exp_x) {
+    if (x < -0.25f) return 1.0f - exp_x;
+    float sum = 1.0f;
+    for (int32_t n = 7; n > 1; --n) sum = 1.0f + x / static_cast<float>(n) * sum;
+    return -x * sum;
   }
 
   // The scalar unit has no logarithm.
