@@ -87,3 +87,22 @@ def test_every_operator_has_its_host_functions(definitions: dict[str, Definition
     for name in definitions:
         assert f"IMPL_OP_INFERSHAPE({name})" in host, name
         assert f"IMPL_OP_OPTILING({name})" in host, name
+
+
+def test_the_package_builds_every_operator(definitions: dict[str, Definition]) -> None:
+    listed = {}
+    for line in (ASCEND_OPS / "CMakeLists.txt").read_text().splitlines():
+        if line.startswith("lopa_kernel("):
+            kind, room, file = line.removeprefix("lopa_kernel(").rstrip(")").split()
+            listed[kind] = ASCEND_OPS / room / "op_kernel" / file
+    assert set(listed) == set(definitions)
+    for kind, path in listed.items():
+        assert f"__aicore__ void {definitions[kind].kernel}(" in path.read_text(), kind
+
+
+def test_kernels_include_their_own_folder_alone() -> None:
+    """The package takes op_kernel along, and compiles from there."""
+    for path in ASCEND_OPS.glob("*/op_kernel/*"):
+        for name in re.findall(r'#include "([^"]+)"', path.read_text()):
+            assert name == "kernel_operator.h" or (path.parent / name).exists(), path
+            assert "/" not in name, path
