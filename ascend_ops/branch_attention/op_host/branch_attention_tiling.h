@@ -25,8 +25,6 @@ struct Shape {
 // hand, so that results are the same on every one.
 constexpr uint32_t ASSUMED_CORES = 24;
 constexpr uint32_t MAX_SPLITS = 16;
-// Steps of keys that a part has at least.
-constexpr uint32_t MIN_SPLIT_STEPS = 2;
 // Nd2NzParams holds strides in 16 bits.
 constexpr uint64_t MAX_ROW_STRIDE = 65535;
 
@@ -65,18 +63,15 @@ inline const char* Unsupported(const Shape& shape, uint32_t blockSize, bool bloc
 }
 
 // Into how many parts the prefix of each tile is cut, so that the rounds of jobs take the fewest
-// steps. The output of a part is written and read once more, which counts as half a step.
+// steps. The output of a part is written and read once more, which counts as a quarter of a step.
 inline uint32_t ChooseSplits(uint32_t tiles, uint32_t steps) {
   uint32_t best = 1;
   uint64_t least = UINT64_MAX;
-  for (uint32_t splits = 1; splits <= MAX_SPLITS; ++splits) {
-    if (splits > 1 && steps < splits * MIN_SPLIT_STEPS) {
-      break;
-    }
+  for (uint32_t splits = 1; splits <= MAX_SPLITS && splits <= (steps > 1 ? steps : 1); ++splits) {
     const uint64_t rounds = CeilDiv(tiles * splits, ASSUMED_CORES);
-    const uint64_t halfSteps = rounds * (2 * CeilDiv(steps, splits) + (splits > 1 ? 1 : 0));
-    if (halfSteps < least) {
-      least = halfSteps;
+    const uint64_t quarters = rounds * (4 * CeilDiv(steps, splits) + (splits > 1 ? 1 : 0));
+    if (quarters < least) {
+      least = quarters;
       best = splits;
     }
   }

@@ -1,7 +1,7 @@
 // branch_attention: attention of all branches over the shared prefix and each over its own window.
 //
 // One cube core and two vector cores share a job (branch_attention_job.h). For each step of up to
-// 128 keys the cube core forms S = Q K^T, the vector cores P = exp(scale S - maximum) and the cube
+// 256 keys the cube core forms S = Q K^T, the vector cores P = exp(scale S - maximum) and the cube
 // core P V; all three pass through workspace in two slots, so that the cube core is one step ahead.
 // Keys and values are read once for all rows of a tile, whatever branches and query heads those
 // are.

@@ -35,12 +35,15 @@ class CubeSide {
 
     const uint32_t keyBytes = BRANCH_ATTENTION_KEYS * t->headDim * sizeof(T);
     pipe->InitBuffer(queryL1, 1, BRANCH_ATTENTION_TILE_ROWS * t->headDim * sizeof(T));
-    pipe->InitBuffer(weightL1, 2, BRANCH_ATTENTION_TILE_ROWS * BRANCH_ATTENTION_KEYS * sizeof(T));
+    pipe->InitBuffer(weightL1, 2, ROW_BLOCK * BRANCH_ATTENTION_KEYS * sizeof(T));
     pipe->InitBuffer(keyL1, 2, keyBytes);
     pipe->InitBuffer(valueL1, 2, keyBytes);
-    pipe->InitBuffer(leftL0, 2, ROW_BLOCK * BRANCH_ATTENTION_KEYS * sizeof(T));
-    pipe->InitBuffer(rightL0, 2, BRANCH_ATTENTION_KEYS * BRANCH_ATTENTION_KEYS * sizeof(T));
-    pipe->InitBuffer(resultL0, 2, ROW_BLOCK * BRANCH_ATTENTION_KEYS * sizeof(float));
+    // Operands of a product: at most 128 rows of the left, 128 keys of the right, 128 of D.
+    constexpr uint32_t most =
+        KEY_BLOCK > BRANCH_ATTENTION_MAX_HEAD_DIM ? KEY_BLOCK : BRANCH_ATTENTION_MAX_HEAD_DIM;
+    pipe->InitBuffer(leftL0, 2, ROW_BLOCK * most * sizeof(T));
+    pipe->InitBuffer(rightL0, 2, KEY_BLOCK * BRANCH_ATTENTION_MAX_HEAD_DIM * sizeof(T));
+    pipe->InitBuffer(resultL0, 2, ROW_BLOCK * most * sizeof(float));
   }
 
   // Scores run one step ahead of products, so that the vector cores' softmax of a step overlaps.
@@ -71,8 +74,9 @@ class CubeSide {
   }
 
  private:
-  // Rows of a product: 128 x 128 in 16 bits is half of L0A, in fp32 half of L0C.
+  // Rows and keys of a product: 128 x 128 in 16 bits is half of L0A, in fp32 half of L0C.
   static constexpr uint32_t ROW_BLOCK = 128;
+  static constexpr uint32_t KEY_BLOCK = 128;
   static constexpr uint32_t FRACTAL = 16;
   static constexpr uint32_t FRACTAL_SIZE = FRACTAL * FRACTAL;
 
@@ -167,9 +171,10 @@ class CubeSide {
     ZeroRows(matrix, height, t->headDim, step.keys, height);
   }
 
-  // Rows [row, row + rows) of an NZ matrix of `height` rows in L1 to L0A (fractals in row order).
-  __aicore__ inline void LoadLeft(const AscendC::LocalTensor<T>& matrix, uint32_t row,
-                                  uint32_t rows, uint32_t width, uint32_t height) {
+  // Rows [row, row + rows) and columns [column, column + width) of an NZ matrix of `height` rows in
+  // L1 to L0A, fractals in row order.
+  __aicore__ inline void LoadLeft(const AscendC::LocalTensor<T>& matrix, uint32_t height,
+                                  uint32_t row, uint32_t rows, uint32_t column, uint32_t width) {
     AscendC::LocalTensor<T> left = leftL0.template AllocTensor<T>();
     AscendC::LoadData2DParams params;
     params.repeatTimes = width / FRACTAL;
@@ -177,34 +182,42 @@ class CubeSide {
     params.dstGap = 0;
     params.ifTranspose = false;
     for (uint32_t i = 0; i < rows / FRACTAL; ++i) {
-      params.startIndex = row / FRACTAL + i;
+      params.startIndex = column / FRACTAL * (height / FRACTAL) + row / FRACTAL + i;
       AscendC::LoadData(left[i * (width / FRACTAL) * FRACTAL_SIZE], matrix, params);
     }
     leftL0.EnQue(left);
   }
 
-  // One block of at most 128 rows: L0A x L0B to L0C and on to rows of the workspace.
-  __aicore__ inline void Multiply(const AscendC::LocalTensor<T>& right,
-                                  const AscendC::GlobalTensor<float>& destination, uint32_t rows,
-                                  uint32_t columns, uint32_t depth, uint32_t stride) {
+  // The left operand of LoadLeft times `right`, to the result or added to it.
+  __aicore__ inline void Multiply(const AscendC::LocalTensor<float>& result,
+                                  const AscendC::LocalTensor<T>& right, uint32_t rows,
+                                  uint32_t columns, uint32_t depth, bool add) {
     AscendC::LocalTensor<T> left = leftL0.template DeQue<T>();
-    AscendC::LocalTensor<float> result = resultL0.template AllocTensor<float>();
-    AscendC::MmadParams mmad;
-    mmad.m = rows;
-    mmad.n = columns;
-    mmad.k = depth;
-    mmad.cmatrixInitVal = true;
-    AscendC::Mmad(result, left, right, mmad);
+    AscendC::MmadParams params;
+    params.m = rows;
+    params.n = columns;
+    params.k = depth;
+    params.cmatrixInitVal = !add;
+    // Small products into one place follow each other only past a barrier (Mmad, constraints).
+    if (add && rows / FRACTAL * (columns / FRACTAL) < 10) {
+      AscendC::PipeBarrier<PIPE_M>();
+    }
+    AscendC::Mmad(result, left, right, params);
     leftL0.FreeTensor(left);
-    resultL0.EnQue(result);
+  }
 
+  // A result to rows of the workspace, `stride` apart.
+  __aicore__ inline void Store(AscendC::LocalTensor<float>& result,
+                               const AscendC::GlobalTensor<float>& destination, uint32_t rows,
+                               uint32_t columns, uint32_t stride) {
+    resultL0.EnQue(result);
     AscendC::LocalTensor<float> done = resultL0.template DeQue<float>();
-    AscendC::FixpipeParamsV220 out;
-    out.nSize = columns;
-    out.mSize = rows;
-    out.srcStride = rows;
-    out.dstStride = stride;
-    AscendC::Fixpipe<float, float, AscendC::CFG_ROW_MAJOR>(destination, done, out);
+    AscendC::FixpipeParamsV220 params;
+    params.nSize = columns;
+    params.mSize = rows;
+    params.srcStride = rows;
+    params.dstStride = stride;
+    AscendC::Fixpipe<float, float, AscendC::CFG_ROW_MAJOR>(destination, done, params);
     resultL0.FreeTensor(done);
   }
 
@@ -213,70 +226,86 @@ class CubeSide {
     AscendC::LocalTensor<T> loading = keyL1.template AllocTensor<T>();
     LoadKeys(job, step, loading, keyGm);
     keyL1.EnQue(loading);
-
-    // K in NZ is K^T as L0B wants it: fractals of 16 keys in the order of D, then of keys.
-    const uint32_t columns = AlignUp(step.keys, FRACTAL);
     AscendC::LocalTensor<T> keys = keyL1.template DeQue<T>();
-    AscendC::LocalTensor<T> right = rightL0.template AllocTensor<T>();
-    AscendC::LoadData2DParams params;
-    params.repeatTimes = columns / FRACTAL * (t->headDim / FRACTAL);
-    params.srcStride = 1;
-    params.dstGap = 0;
-    params.ifTranspose = false;
-    AscendC::LoadData(right, keys, params);
-    keyL1.FreeTensor(keys);
-    rightL0.EnQue(right);
-
-    right = rightL0.template DeQue<T>();
-    for (uint32_t row = step.rowBegin; row < step.rowEnd; row += ROW_BLOCK) {
-      const uint32_t rows = Smaller(step.rowEnd - row, ROW_BLOCK);
-      LoadLeft(queries, row, rows, t->headDim, job.rows);
-      Multiply(right, scoreGm[(to * BRANCH_ATTENTION_TILE_ROWS + row) * BRANCH_ATTENTION_KEYS],
-               rows, columns, t->headDim, BRANCH_ATTENTION_KEYS);
+    const uint32_t height = AlignUp(step.keys, FRACTAL);
+    for (uint32_t key = 0; key < height; key += KEY_BLOCK) {
+      // K in NZ is K^T as L0B wants it: fractals of 16 keys in the order of D, then of keys.
+      const uint32_t columns = Smaller(height - key, KEY_BLOCK);
+      AscendC::LocalTensor<T> right = rightL0.template AllocTensor<T>();
+      AscendC::LoadData2DParams params;
+      params.repeatTimes = columns / FRACTAL;
+      params.srcStride = 1;
+      params.dstGap = 0;
+      params.ifTranspose = false;
+      for (uint32_t i = 0; i < t->headDim / FRACTAL; ++i) {
+        params.startIndex = i * (height / FRACTAL) + key / FRACTAL;
+        AscendC::LoadData(right[i * columns * FRACTAL], keys, params);
+      }
+      rightL0.EnQue(right);
+      right = rightL0.template DeQue<T>();
+      for (uint32_t row = step.rowBegin; row < step.rowEnd; row += ROW_BLOCK) {
+        const uint32_t rows = Smaller(step.rowEnd - row, ROW_BLOCK);
+        LoadLeft(queries, job.rows, row, rows, 0, t->headDim);
+        AscendC::LocalTensor<float> result = resultL0.template AllocTensor<float>();
+        Multiply(result, right, rows, columns, t->headDim, false);
+        const uint64_t place = (to * BRANCH_ATTENTION_TILE_ROWS + row) * BRANCH_ATTENTION_KEYS;
+        Store(result, scoreGm[place + key], rows, columns, BRANCH_ATTENTION_KEYS);
+      }
+      rightL0.FreeTensor(right);
     }
-    rightL0.FreeTensor(right);
+    keyL1.FreeTensor(keys);
     AscendC::CrossCoreSetFlag<2, PIPE_FIX>(SCORES_READY + to);
   }
 
   __aicore__ inline void Products(const Job& job, const Step& step, uint32_t from) {
-    const uint32_t depth = AlignUp(step.keys, FRACTAL);
-    const uint32_t rows = step.rowEnd - step.rowBegin;
     AscendC::LocalTensor<T> loading = valueL1.template AllocTensor<T>();
     LoadKeys(job, step, loading, valueGm);
     valueL1.EnQue(loading);
-
-    // V in NZ has fractals of 16 keys x 16 of D; L0B wants them transposed, keys innermost.
     AscendC::LocalTensor<T> values = valueL1.template DeQue<T>();
-    AscendC::LocalTensor<T> right = rightL0.template AllocTensor<T>();
-    AscendC::LoadData2dTransposeParams params;
-    params.repeatTimes = t->headDim / FRACTAL;
-    params.srcStride = depth / FRACTAL;
-    params.dstGap = 0;
-    params.dstFracGap = 0;
-    for (uint32_t i = 0; i < depth / FRACTAL; ++i) {
-      params.startIndex = i;
-      AscendC::LoadDataWithTranspose(right[i * (t->headDim / FRACTAL) * FRACTAL_SIZE], values,
-                                     params);
+    const uint32_t height = AlignUp(step.keys, FRACTAL);
+    for (uint32_t key = 0; key < height; key += KEY_BLOCK) {
+      // V in NZ has fractals of 16 keys x 16 of D; L0B wants them transposed, keys innermost.
+      AscendC::LocalTensor<T> right = rightL0.template AllocTensor<T>();
+      AscendC::LoadData2dTransposeParams params;
+      params.repeatTimes = t->headDim / FRACTAL;
+      params.srcStride = height / FRACTAL;
+      params.dstGap = 0;
+      params.dstFracGap = 0;
+      for (uint32_t i = 0; i < Smaller(height - key, KEY_BLOCK) / FRACTAL; ++i) {
+        params.startIndex = key / FRACTAL + i;
+        AscendC::LoadDataWithTranspose(right[i * t->headDim * FRACTAL], values, params);
+      }
+      rightL0.EnQue(right);
     }
     valueL1.FreeTensor(values);
-    rightL0.EnQue(right);
 
     AscendC::CrossCoreWaitFlag(WEIGHTS_READY + from);
-    const uint32_t first = from * BRANCH_ATTENTION_TILE_ROWS + step.rowBegin;
-    AscendC::LocalTensor<T> arriving = weightL1.template AllocTensor<T>();
-    LoadRows(arriving, weightGm[first * BRANCH_ATTENTION_KEYS], rows, depth, BRANCH_ATTENTION_KEYS,
-             rows);
-    weightL1.EnQue(arriving);
-
-    AscendC::LocalTensor<T> weights = weightL1.template DeQue<T>();
-    right = rightL0.template DeQue<T>();
-    for (uint32_t row = 0; row < rows; row += ROW_BLOCK) {
-      const uint32_t count = Smaller(rows - row, ROW_BLOCK);
-      LoadLeft(weights, row, count, depth, rows);
-      Multiply(right, productGm[(first + row) * t->headDim], count, t->headDim, depth, t->headDim);
+    AscendC::LocalTensor<T> right[BRANCH_ATTENTION_KEYS / KEY_BLOCK];
+    const uint32_t blocks = (height + KEY_BLOCK - 1) / KEY_BLOCK;
+    for (uint32_t i = 0; i < blocks; ++i) {
+      right[i] = rightL0.template DeQue<T>();
     }
-    weightL1.FreeTensor(weights);
-    rightL0.FreeTensor(right);
+    for (uint32_t row = step.rowBegin; row < step.rowEnd; row += ROW_BLOCK) {
+      const uint32_t rows = Smaller(step.rowEnd - row, ROW_BLOCK);
+      const uint64_t place = from * BRANCH_ATTENTION_TILE_ROWS + row;
+      AscendC::LocalTensor<T> arriving = weightL1.template AllocTensor<T>();
+      LoadRows(arriving, weightGm[place * BRANCH_ATTENTION_KEYS], rows, height,
+               BRANCH_ATTENTION_KEYS, rows);
+      weightL1.EnQue(arriving);
+      AscendC::LocalTensor<T> weights = weightL1.template DeQue<T>();
+      AscendC::LocalTensor<float> result = resultL0.template AllocTensor<float>();
+      for (uint32_t i = 0; i < blocks; ++i) {
+        const uint32_t key = i * KEY_BLOCK;
+        const uint32_t depth = Smaller(height - key, KEY_BLOCK);
+        LoadLeft(weights, rows, 0, rows, key, depth);
+        Multiply(result, right[i], rows, t->headDim, depth, i > 0);
+      }
+      weightL1.FreeTensor(weights);
+      Store(result, productGm[place * t->headDim], rows, t->headDim, t->headDim);
+    }
+    for (uint32_t i = 0; i < blocks; ++i) {
+      rightL0.FreeTensor(right[i]);
+    }
     AscendC::CrossCoreSetFlag<2, PIPE_FIX>(VALUES_READY + from);
   }
 
@@ -293,7 +322,7 @@ class CubeSide {
   AscendC::TQue<AscendC::TPosition::B1, 1> keyL1;
   AscendC::TQue<AscendC::TPosition::B1, 1> valueL1;
   AscendC::TQue<AscendC::TPosition::A2, 1> leftL0;
-  AscendC::TQue<AscendC::TPosition::B2, 1> rightL0;
+  AscendC::TQue<AscendC::TPosition::B2, 2> rightL0;
   AscendC::TQue<AscendC::TPosition::CO1, 1> resultL0;
   uint32_t slot = 0;
 };

@@ -2,7 +2,7 @@
 //
 // A job is a tile of rows of one sequence and KV head over one part of the prefix. Its rows are the
 // live columns of its branches times the query heads of the KV head, row = column * group + head,
-// each branch (a segment) beginning at a multiple of 16 rows. A step is a run of up to 128 keys:
+// each branch (a segment) beginning at a multiple of 16 rows. A step is a run of up to 256 keys:
 // first those of the prefix, which all rows see, then those of each branch's own window, which only
 // its segment sees. So values of one branch never meet the rows of another, not even as 0 * NaN.
 #pragma once

@@ -6,8 +6,9 @@
 
 // Rows of a tile: pairs of a query column and a query head. A vector core owns half of them.
 constexpr uint32_t BRANCH_ATTENTION_TILE_ROWS = 256;
-// Keys of a step: S of 128 x 128 in fp32 is half of L0C, so that two steps overlap.
-constexpr uint32_t BRANCH_ATTENTION_KEYS = 128;
+// Keys of a step. P V of a step passes through workspace, so long steps are cheap there; this is
+// what L1 and UB hold twice.
+constexpr uint32_t BRANCH_ATTENTION_KEYS = 256;
 constexpr uint32_t BRANCH_ATTENTION_MAX_HEAD_DIM = 128;
 // A segment (the rows of one branch in a tile) begins at a fractal, 16 rows.
 constexpr uint32_t BRANCH_ATTENTION_MAX_SEGMENTS = BRANCH_ATTENTION_TILE_ROWS / 16;

@@ -21,9 +21,10 @@ __aicore__ inline Half OwnHalf(const Job& job, uint32_t subBlock) {
 
 // Below every score, yet finite: the difference of two of them is 0 and not NaN.
 constexpr float MASKED = -3.0e38f;
-constexpr uint32_t LANES = 64;  // floats of a repeat
-constexpr uint32_t BLOCK = 8;   // floats of a block of 32 bytes
-constexpr uint32_t CHUNK_ROWS = 32;
+constexpr uint32_t LANES = 64;       // floats of a repeat
+constexpr uint32_t BLOCK = 8;        // floats of a block of 32 bytes
+constexpr uint32_t SCORE_ROWS = 16;  // at a time, of scores
+constexpr uint32_t CHUNK_ROWS = 32;  // and of outputs
 
 // Multiplies or divides rows of `width` floats by a block of 8 equal floats each.
 template <bool divide>
@@ -71,7 +72,9 @@ class VectorSide {
                               partialRows * 2 * BLOCK);
     }
 
-    constexpr uint32_t chunk = CHUNK_ROWS * BRANCH_ATTENTION_KEYS;
+    constexpr uint32_t scoreChunk = SCORE_ROWS * BRANCH_ATTENTION_KEYS;
+    constexpr uint32_t outChunk = CHUNK_ROWS * BRANCH_ATTENTION_MAX_HEAD_DIM;
+    constexpr uint32_t chunk = scoreChunk > outChunk ? scoreChunk : outChunk;
     constexpr uint32_t states = HALF_ROWS * BLOCK * sizeof(float);
     pipe->InitBuffer(scoreQueue, 2, chunk * sizeof(float));
     pipe->InitBuffer(productQueue, 2, chunk * sizeof(float));
@@ -81,8 +84,8 @@ class VectorSide {
     pipe->InitBuffer(maximumBuffer, states);
     pipe->InitBuffer(sumBuffer, states);
     pipe->InitBuffer(rescaleBuffer, 2 * states);
-    pipe->InitBuffer(foldBuffer, CHUNK_ROWS * LANES * sizeof(float));
-    pipe->InitBuffer(reducedBuffer, CHUNK_ROWS * sizeof(float));
+    pipe->InitBuffer(foldBuffer, SCORE_ROWS * LANES * sizeof(float));
+    pipe->InitBuffer(reducedBuffer, SCORE_ROWS * sizeof(float));
     pipe->InitBuffer(spreadBuffer, CHUNK_ROWS * BLOCK * sizeof(float));
     output = outputBuffer.template Get<float>();
     maximum = maximumBuffer.template Get<float>();
@@ -134,6 +137,7 @@ class VectorSide {
   static constexpr uint32_t VECTORS_PER_CUBE = 2;
   static constexpr uint32_t HALF_ROWS = BRANCH_ATTENTION_TILE_ROWS / 2;
   static constexpr uint32_t STATE = HALF_ROWS * BLOCK;
+  static constexpr uint8_t STRIDE = BRANCH_ATTENTION_KEYS / BLOCK;  // of a row of scores, in blocks
 
   __aicore__ inline void Settle() { AscendC::PipeBarrier<PIPE_V>(); }
 
@@ -160,8 +164,8 @@ class VectorSide {
   __aicore__ inline void Softmax(const Job& job, const Step& step, uint32_t from) {
     AscendC::CrossCoreWaitFlag(SCORES_READY + from);
     const Half own = Own(step);
-    for (uint32_t row = own.begin; row < own.end; row += CHUNK_ROWS) {
-      SoftmaxRows(job, step, row, Smaller(own.end - row, CHUNK_ROWS), from);
+    for (uint32_t row = own.begin; row < own.end; row += SCORE_ROWS) {
+      SoftmaxRows(job, step, row, Smaller(own.end - row, SCORE_ROWS), from);
     }
     AscendC::CrossCoreSetFlag<2, PIPE_MTE3>(WEIGHTS_READY + from);
   }
@@ -169,64 +173,60 @@ class VectorSide {
   __aicore__ inline void SoftmaxRows(const Job& job, const Step& step, uint32_t row, uint32_t rows,
                                      uint32_t from) {
     constexpr uint32_t keys = BRANCH_ATTENTION_KEYS;
-    constexpr uint8_t stride = keys / BLOCK;
     const uint32_t computed = AlignUp(step.keys, 16);
+    // Whole repeats of a row; what lies behind `computed` in the last is masked.
+    const uint32_t active = AlignUp(computed, LANES);
     const uint64_t place = (from * BRANCH_ATTENTION_TILE_ROWS + row) * keys;
     {
-      AscendC::LocalTensor<float> scores = scoreQueue.template AllocTensor<float>();
+      AscendC::LocalTensor<float> loading = scoreQueue.template AllocTensor<float>();
       AscendC::DataCopyParams copy;
       copy.blockCount = rows;
       copy.blockLen = computed / BLOCK;
       copy.srcStride = (keys - computed) / BLOCK;
       copy.dstStride = (keys - computed) / BLOCK;
-      AscendC::DataCopy(scores, scoreGm[place], copy);
-      scoreQueue.EnQue(scores);
+      AscendC::DataCopy(loading, scoreGm[place], copy);
+      scoreQueue.EnQue(loading);
     }
     AscendC::LocalTensor<float> scores = scoreQueue.template DeQue<float>();
-    const AscendC::UnaryRepeatParams rowwise(1, 1, stride, stride);
-    AscendC::Muls(scores, scores, t->scale, static_cast<uint64_t>(Smaller(computed, LANES)), rows,
-                  rowwise);
-    if (computed > LANES) {
-      AscendC::Muls(scores[LANES], scores[LANES], t->scale, static_cast<uint64_t>(computed - LANES),
-                    rows, rowwise);
+    const AscendC::UnaryRepeatParams rowwise(1, 1, STRIDE, STRIDE);
+    for (uint32_t lane = 0; lane < computed; lane += LANES) {
+      const uint64_t lanes = Smaller(computed - lane, LANES);
+      AscendC::Muls(scores[lane], scores[lane], t->scale, lanes, rows, rowwise);
     }
     Settle();
-    Mask(job, step, row, rows, scores);
+    Mask(job, step, row, rows, active, scores);
 
     const uint32_t local = (row - half.begin) * BLOCK;
+    const uint64_t all = LANES;
     AscendC::LocalTensor<float> factor = rescale[from * STATE + local];
-    AscendC::Max(fold, scores, scores[LANES], static_cast<uint64_t>(LANES), rows,
-                 AscendC::BinaryRepeatParams(1, 1, 1, BLOCK, stride, stride));
-    Settle();
-    AscendC::WholeReduceMax<float>(reduced, fold, LANES, rows, 1, 1, BLOCK,
-                                   AscendC::ReduceOrder::ORDER_ONLY_VALUE);
-    Settle();
-    SpreadRows(rows);
+    ReduceRows<false>(scores, rows, active);
     AscendC::Max(spread, spread, maximum[local], rows * BLOCK);
     Settle();
     AscendC::Sub(factor, maximum[local], spread, rows * BLOCK);
-    const AscendC::BinaryRepeatParams byRow(1, 1, 0, stride, stride, 1);
-    AscendC::Sub(scores, scores, spread, static_cast<uint64_t>(LANES), rows, byRow);
-    AscendC::Sub(scores[LANES], scores[LANES], spread, static_cast<uint64_t>(LANES), rows, byRow);
+    for (uint32_t lane = 0; lane < active; lane += LANES) {
+      AscendC::Sub(scores[lane], scores[lane], spread, all, rows,
+                   AscendC::BinaryRepeatParams(1, 1, 0, STRIDE, STRIDE, 1));
+    }
     Settle();
     AscendC::Adds(maximum[local], spread, 0.0f, rows * BLOCK);
     AscendC::Exp(factor, factor, rows * BLOCK);
-    AscendC::Exp(scores, scores, rows * keys);
+    for (uint32_t lane = 0; lane < active; lane += LANES) {
+      AscendC::Exp(scores[lane], scores[lane], all, rows, rowwise);
+    }
     Settle();
 
     AscendC::LocalTensor<T> weights = outQueue.template AllocTensor<T>();
-    AscendC::Cast(weights, scores, AscendC::RoundMode::CAST_RINT, rows * keys);
-    AscendC::Add(fold, scores, scores[LANES], static_cast<uint64_t>(LANES), rows,
-                 AscendC::BinaryRepeatParams(1, 1, 1, BLOCK, stride, stride));
+    constexpr uint8_t halfStride = keys * sizeof(T) / 32;
+    for (uint32_t lane = 0; lane < active; lane += LANES) {
+      AscendC::Cast(weights[lane], scores[lane], AscendC::RoundMode::CAST_RINT, all, rows,
+                    AscendC::UnaryRepeatParams(1, 1, halfStride, STRIDE));
+    }
     outQueue.EnQue(weights);
-    Settle();
-    scoreQueue.FreeTensor(scores);
-    AscendC::WholeReduceSum<float>(reduced, fold, LANES, rows, 1, 1, BLOCK);
     AscendC::Mul(sum[local], sum[local], factor, rows * BLOCK);
-    Settle();
-    SpreadRows(rows);
+    ReduceRows<true>(scores, rows, active);
     AscendC::Add(sum[local], sum[local], spread, rows * BLOCK);
     Settle();
+    scoreQueue.FreeTensor(scores);
 
     weights = outQueue.template DeQue<T>();
     AscendC::DataCopyParams copy;
@@ -239,17 +239,45 @@ class VectorSide {
     outQueue.FreeTensor(weights);
   }
 
+  // The sum or the maximum of the first `active` scores of each row, to a block of `spread`.
+  template <bool add>
+  __aicore__ inline void ReduceRows(const AscendC::LocalTensor<float>& scores, uint32_t rows,
+                                    uint32_t active) {
+    AscendC::LocalTensor<float> folded = scores;
+    uint8_t stride = STRIDE;
+    for (uint32_t lane = LANES; lane < active; lane += LANES) {
+      const AscendC::BinaryRepeatParams params(1, 1, 1, BLOCK, stride, STRIDE);
+      const uint64_t all = LANES;
+      if constexpr (add) {
+        AscendC::Add(fold, folded, scores[lane], all, rows, params);
+      } else {
+        AscendC::Max(fold, folded, scores[lane], all, rows, params);
+      }
+      Settle();
+      folded = fold;
+      stride = BLOCK;
+    }
+    if constexpr (add) {
+      AscendC::WholeReduceSum<float>(reduced, folded, LANES, rows, 1, 1, stride);
+    } else {
+      AscendC::WholeReduceMax<float>(reduced, folded, LANES, rows, 1, 1, stride,
+                                     AscendC::ReduceOrder::ORDER_ONLY_VALUE);
+    }
+    Settle();
+    SpreadRows(rows);
+  }
+
   // Each of `rows` values of `reduced` to a block of `spread`.
   __aicore__ inline void SpreadRows(uint32_t rows) {
     AscendC::Brcb(spread, reduced, rows / BLOCK, AscendC::BrcbRepeatParams(1, BLOCK));
     Settle();
   }
 
-  // Every score that a row does not see becomes MASKED, whatever it was, up to the end of the step.
+  // Every score that a row does not see becomes MASKED, whatever it was, up to key `active`.
   __aicore__ inline void Mask(const Job& job, const Step& step, uint32_t row, uint32_t rows,
-                              const AscendC::LocalTensor<float>& scores) {
+                              uint32_t active, const AscendC::LocalTensor<float>& scores) {
     if (step.cached || t->blockSize == 0) {
-      MaskKeys(scores, rows, step.keys, BRANCH_ATTENTION_KEYS);
+      MaskKeys(scores, rows, step.keys, active);
       for (uint32_t at = 0; step.cached && t->pageSize != 0 && at < step.keys;) {
         const Schedule::PageRun run = work->Page(job, step, at);
         if (run.page < 0) {
@@ -278,7 +306,7 @@ class VectorSide {
         end = Smaller(end, first + next * t->group);
         seen = visible > step.key ? Smaller(visible - step.key, step.keys) : 0;
       }
-      MaskKeys(scores[(at - row) * BRANCH_ATTENTION_KEYS], end - at, seen, BRANCH_ATTENTION_KEYS);
+      MaskKeys(scores[(at - row) * BRANCH_ATTENTION_KEYS], end - at, seen, active);
       at = end;
     }
     Settle();
@@ -291,14 +319,13 @@ class VectorSide {
   // MASKED to keys [from, to) of rows of scores.
   __aicore__ inline void MaskKeys(const AscendC::LocalTensor<float>& scores, uint32_t rows,
                                   uint32_t from, uint32_t to) {
-    constexpr uint8_t stride = BRANCH_ATTENTION_KEYS / BLOCK;
     for (uint32_t lane = 0; lane < BRANCH_ATTENTION_KEYS; lane += LANES) {
       const uint32_t begin = from > lane ? from - lane : 0;
       const uint32_t end = to > lane ? Smaller(to - lane, LANES) : 0;
       if (begin < end) {
         const uint64_t below = ~uint64_t{0} >> (LANES - end);
         uint64_t mask[2] = {below & (~uint64_t{0} << begin), 0};
-        AscendC::Duplicate(scores[lane], MASKED, mask, rows, 1, stride);
+        AscendC::Duplicate(scores[lane], MASKED, mask, rows, 1, STRIDE);
       }
     }
   }
