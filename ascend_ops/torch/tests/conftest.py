@@ -148,9 +148,13 @@ def convert(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Graph, Graph
         order: list[int] = []
         compiled = torch.compile(function, backend=number, fullgraph=True, dynamic=False)
         graphs.clear()
-        with pytest.raises(Exception, match=r"Taken") as raised, torch.no_grad():
-            compiled(*arguments)
-        assert len(graphs) == 2, raised.value
+        try:
+            with torch.no_grad():
+                compiled(*arguments)
+        except Exception:  # Taken, in what Dynamo and torchair make of it
+            if len(graphs) != 2:
+                raise
+        assert len(graphs) == 2
         for graph in graphs:
             graph.argument_of = order
         return graphs[0], graphs[1]

@@ -270,8 +270,8 @@ class TestStep:
         outputs = list(final.one("NetOutput").inputs.values())
         assert outputs == [f"{step_node.name}:{i}" for i in range(17)]
 
-    def test_rows_and_sampling(self, convert: Convert) -> None:
-        settings = config(temperature=0.3, top_k=40, top_p=0.7, branches=5, window=12, group=3,
+    def test_rows(self, convert: Convert) -> None:
+        settings = config(top_k=40, top_p=1.0, branches=5, window=12, group=3,
                           reduction="group", tau_act=1.0)  # fmt: skip
 
         def step(
@@ -295,9 +295,9 @@ class TestStep:
         assert position[confidence.inputs["step"]] == 3
         assert confidence.attributes == {
             "metric": "neg_entropy",
-            "temperature_bits": bits(0.3),
+            "temperature_bits": bits(0.0),
             "top_k": 40,
-            "top_p_bits": bits(0.7),
+            "top_p_bits": bits(1.0),
         }
         wanted = {"out_branches": 5, "out_window": 12, "group": 3, "act_count": 4}
         assert wanted.items() <= step_node.attributes.items()
@@ -337,12 +337,12 @@ class TestOthers:
     def test_statistics(self, convert: Convert) -> None:
         def both(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
             stats = lk.softmax_stats(logits)
-            return (*lk.token_confidence(logits, metric="margin", top_p=0.9), stats.lse)
+            return (*lk.token_confidence(logits, metric="margin", top_k=9), stats.lse)
 
         _, final = convert(both, zeros(5, V))
         node = final.one("LopaTokenConfidence")
         assert node.attributes["metric"] == "margin"
-        assert node.attributes["top_p_bits"] == bits(0.9)
+        assert node.attributes["top_k"] == 9
         assert list(final.one("LopaSoftmaxStats").outputs) == [
             "token", "prob", "margin", "neg_entropy", "lse",
         ]  # fmt: skip
@@ -466,6 +466,19 @@ class TestRefused:
         message = "lopa::lopa_step_out does not convert to a GE graph.*use lopa_step"
         with pytest.raises(Exception, match=message):
             convert(step, zeros(B, K, W, V), *state())
+
+    def test_drawing_and_filters(self, convert: Convert) -> None:
+        def filtered(logits: torch.Tensor) -> torch.Tensor:
+            return lk.token_confidence(logits, top_p=0.9).token
+
+        def drawn(logits: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+            return lk.token_confidence(logits, temperature=0.5, seed=seed).token
+
+        message = "Ascend's operators take temperature 0 and no filters"
+        with pytest.raises(Exception, match=message):
+            convert(filtered, zeros(5, V))
+        with pytest.raises(Exception, match=message):
+            convert(drawn, zeros(5, V), torch.zeros(1, dtype=torch.int64))
 
     def test_what_is_not_installed(self, convert: Convert, monkeypatch: Any) -> None:
         from torchair.core import _torchair
