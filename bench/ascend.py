@@ -18,8 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ascend_ops.emulator import cost
+from ascend_ops.emulator import confidence, cost
+from ascend_ops.emulator.branch import branch_step
 from ascend_ops.emulator.branch_attention import branch_attention
+from lopa_kernels import LopaConfig, LopaState, initial_state
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,60 @@ def _attention(
     return Modelled("branch_attention", name, run)
 
 
-#: Dream's heads (28/4) and LLaDA's (32/32).
+def _confidence(rows: int, vocab: int, metric: str) -> Modelled:
+    def run() -> Run:
+        generator = torch.Generator().manual_seed(0)
+        logits = (4 * torch.randn(rows, vocab, generator=generator)).bfloat16()
+        reports: list[Mapping[str, Any]] = []
+        cores = 2 * cost.ASCEND_910B.cores
+        out = confidence.token_confidence(logits, metric=metric, cores=cores, reports=reports)
+        return Run(reports[0], sum(t.numel() * t.element_size() for t in (logits, *out)))
+
+    return Modelled("token_confidence", f"rows={rows} V={vocab} {metric} bf16", run)
+
+
+def _state(batch: int, branches: int, window: int, block: int) -> tuple[LopaState, LopaConfig]:
+    """A window of masks behind a prompt that is in the cache."""
+    config = LopaConfig(
+        mask_id=1, max_new_tokens=window, block_size=block, window=window, branches=branches
+    )
+    first = initial_state(torch.zeros(batch, block, dtype=torch.int64), config)
+    tokens = torch.full((batch, branches, window), 1)
+    length = torch.full((batch, branches), window, dtype=torch.int32)
+    one = torch.ones(batch, branches)
+    state = first._replace(
+        tokens=tokens,
+        length=length,
+        creation=one,
+        eos=torch.zeros(batch, branches, dtype=torch.bool),
+        branches=torch.full((batch,), branches, dtype=torch.int32),
+        cache_len=torch.full((batch,), block, dtype=torch.int32),
+        commit_len=torch.zeros(batch, dtype=torch.int32),
+    )
+    return state, config
+
+
+def _step(batch: int, branches: int, window: int) -> Modelled:
+    def run() -> Run:
+        generator = torch.Generator().manual_seed(0)
+        state, config = _state(batch, branches, window, 32)
+        prob = torch.rand(batch, branches, window, generator=generator)
+        token = torch.zeros(prob.shape, dtype=torch.int64)
+        reports: list[Mapping[str, Any]] = []
+        out = branch_step(token, prob, prob, state, config, reports=reports)
+        tensors = [token, prob, prob, *state, *out.state, *out[1:]]
+        return Run(reports[0], sum(t.numel() * t.element_size() for t in tensors))
+
+    return Modelled("branch_step", f"B={batch} K={branches} W={window}", run)
+
+
+#: Vocabularies of Dream (152064) and LLaDA (126464). Then Dream's heads (28/4) and LLaDA's (32/32).
 CASES = [
+    *(_confidence(128, 152064, metric) for metric in ("prob", "margin", "neg_entropy")),
+    _confidence(8, 152064, "prob"),
+    _confidence(128, 126464, "prob"),
+    _step(1, 8, 96),
+    _step(16, 8, 96),
     _attention(4, 32, 512, 28, 4),
     _attention(8, 32, 1024, 28, 4),
     _attention(4, 64, 1024, 28, 4),

@@ -7,7 +7,6 @@ import random
 import struct
 from itertools import pairwise
 
-import ascend
 import numpy as np
 import pytest
 import torch
@@ -27,6 +26,7 @@ from test_conformance import place_logits as place
 
 import lopa_kernels
 from ascend_ops import emulator
+from ascend_ops.emulator import branch as kernels
 
 
 @settings(max_examples=300)
@@ -34,7 +34,7 @@ from ascend_ops import emulator
 def test_round_equals_reference(drawn: Drawn) -> None:
     if len(drawn.token) > 0:
         expected = lopa_kernels.branch_step(*drawn, backend="reference")
-        assert_same(ascend.branch_step(*drawn, cores=2), expected)
+        assert_same(kernels.branch_step(*drawn, cores=2), expected)
 
 
 @settings(max_examples=100)
@@ -43,10 +43,10 @@ def test_needed_rows_equal_reference(drawn: Drawn) -> None:
     state, config = drawn.state, drawn.config
     if len(drawn.token) == 0:
         return
-    wanted = ascend.step_rows(state, config, cores=2)
+    wanted = kernels.step_rows(state, config, cores=2)
     for capacity in (None, 10):
         expected = lopa_kernels.needed_rows(state, config, capacity, backend="reference")
-        got = ascend.needed_rows(state, config, capacity, cores=2)
+        got = kernels.needed_rows(state, config, capacity, cores=2)
         for a, b in zip(got, expected, strict=True):
             assert a.equal(b)
         if capacity is None:
@@ -61,7 +61,7 @@ def test_many_branches_and_columns(branches: int, window: int, block_size: int) 
     config = random_config(rng, block_size, branches=branches)
     statistics = random_stats(rng, (2, branches, window))
     expected = lopa_kernels.branch_step(*statistics, state, config, backend="reference")
-    assert_same(ascend.branch_step(*statistics, state, config), expected)
+    assert_same(kernels.branch_step(*statistics, state, config), expected)
 
 
 def test_cores_change_nothing() -> None:
@@ -72,8 +72,8 @@ def test_cores_change_nothing() -> None:
     expected = lopa_kernels.branch_step(*statistics, state, config, backend="reference")
     needed = lopa_kernels.needed_rows(state, config, backend="reference")
     for cores in (1, 2, 7, 20, 40):
-        assert_same(ascend.branch_step(*statistics, state, config, cores=cores), expected)
-        for a, b in zip(ascend.needed_rows(state, config, cores=cores), needed, strict=True):
+        assert_same(kernels.branch_step(*statistics, state, config, cores=cores), expected)
+        for a, b in zip(kernels.needed_rows(state, config, cores=cores), needed, strict=True):
             assert a.equal(b)
 
 
@@ -96,7 +96,7 @@ def test_branch_confidence_equals_reference(seed: int) -> None:
     length = torch.randint(0, shape[2] + 1, shape[:2], dtype=torch.int32, generator=generator)
     given_lengths = (branches, length) if rng.random() < 0.5 else (None, None)
     options = {
-        "reduction": rng.choice(ascend.REDUCTIONS),
+        "reduction": rng.choice(kernels.REDUCTIONS),
         "fraction": rng.choice([0.01, 0.3, 0.7, 1.0]),
         "group": rng.randint(1, 9),
         "alpha": rng.choice([0.0, 0.3, 0.5, 1.0]),
@@ -110,7 +110,7 @@ def test_branch_confidence_equals_reference(seed: int) -> None:
         backend="reference",
         **options,
     )
-    got = ascend.branch_confidence(
+    got = kernels.branch_confidence(
         score, opened, creation, *given_lengths, *options.values(), cores=3
     )
     assert got.equal(expected)
@@ -158,7 +158,7 @@ def test_select_and_spawn_equal_reference(seed: int) -> None:
     chosen = lopa_kernels.select_positions(
         token, prob, score, *given_state, config, backend="reference"
     )
-    got = ascend.select_positions(token, prob, score, *given_state, lookahead, config, cores=2)
+    got = kernels.select_positions(token, prob, score, *given_state, lookahead, config, cores=2)
     for a, b in zip(got, chosen, strict=True):
         assert a.equal(b)
     eos = state.eos[:, 0].contiguous()
@@ -166,7 +166,7 @@ def test_select_and_spawn_equal_reference(seed: int) -> None:
         given_state[0], eos, token, score, chosen.columns, eos_id=config.eos_id, backend="reference"
     )
     eos_id = -1 if config.eos_id is None else config.eos_id
-    branches = ascend.spawn_branches(
+    branches = kernels.spawn_branches(
         given_state[0], eos, token, score, chosen.columns, eos_id, cores=2
     )
     for a, b in zip(branches, spawned, strict=True):
@@ -186,7 +186,7 @@ def test_recorded_rounds(run: str) -> None:
         window = columns + trace["block_size"]
         state = make_state(record, trace, slots, window)
         scores = place(record, logits[index], slots, window)
-        out = ascend.lopa_step(scores, state, config, cores=7)
+        out = kernels.lopa_step(scores, state, config, cores=7)
         order = in_slot_order(record)
         assert int(out.status) == 0
         winner = record["winner"]
@@ -221,7 +221,7 @@ def test_step_from_gathered_rows_with_faults(shift: bool) -> None:
     rows[rows == count // 2] = -1
     for given_rows in (needed.rows, rows):
         expected = lopa_kernels.lopa_step(gathered, state, config, given_rows, backend="cpu")
-        actual = ascend.lopa_step(gathered, state, config, given_rows, cores=3)
+        actual = kernels.lopa_step(gathered, state, config, given_rows, cores=3)
         assert_close(actual, expected, 1e-5)
         assert int(expected.status.sum()) > 0
 
@@ -231,7 +231,7 @@ def test_window_beyond_the_memory_is_refused() -> None:
     state = random_state(rng, 1, 1, 6000, 8)
     config = random_config(rng, 8, branches=1)
     with pytest.raises(ValueError, match=r"a window of W columns needs"):
-        ascend.branch_step(*random_stats(rng, (1, 1, 6000)), state, config)
+        kernels.branch_step(*random_stats(rng, (1, 1, 6000)), state, config)
 
 
 def test_results_do_not_depend_on_order_of_sequences() -> None:
@@ -239,9 +239,9 @@ def test_results_do_not_depend_on_order_of_sequences() -> None:
     state = random_state(rng, 3, 3, 24, 4)
     config = random_config(rng, 4, branches=3)
     statistics = random_stats(rng, (3, 3, 24))
-    whole = ascend.branch_step(*statistics, state, config)
+    whole = kernels.branch_step(*statistics, state, config)
     alone = [
-        ascend.branch_step(
+        kernels.branch_step(
             *(values[b : b + 1] for values in statistics),
             type(state)(*(field[b : b + 1] for field in state)),
             config,

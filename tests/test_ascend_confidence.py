@@ -5,12 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import ascend
 import pytest
 import torch
 from cases import VOCABULARIES, random_logits
 from test_confidence import DTYPES, INF, NAN, check_stats, hostile_rows, orderings
 
+from ascend_ops.emulator import confidence as kernels
 from lopa_kernels import SoftmaxStats
 from lopa_kernels.ops.confidence import reference
 
@@ -19,7 +19,7 @@ CORES = (1, 2, 7, 20, 40)
 
 
 def stats(logits: torch.Tensor, rows: torch.Tensor | None = None, **options: Any) -> SoftmaxStats:
-    return SoftmaxStats(*ascend.softmax_stats(logits, rows, **options))
+    return SoftmaxStats(*kernels.softmax_stats(logits, rows, **options))
 
 
 @pytest.mark.parametrize("vocab", VOCABULARIES)
@@ -47,8 +47,8 @@ def test_hostile_values(vocab: int, dtype: torch.dtype) -> None:
     logits = hostile_rows(vocab, dtype)
     check_stats(stats(logits), logits)
     nan = logits.isnan().any(-1) | ~logits.isfinite().any(-1)
-    for metric in ascend.METRICS:
-        token, prob, score, unusable = ascend.token_confidence(logits, metric=metric, cores=3)
+    for metric in kernels.METRICS:
+        token, prob, score, unusable = kernels.token_confidence(logits, metric=metric, cores=3)
         expected = reference.token_confidence(logits, metric=metric)
         assert token.equal(expected[0])
         torch.testing.assert_close(prob, expected[1], rtol=1e-5, atol=1e-6)
@@ -81,8 +81,8 @@ def test_ties_go_to_the_lowest_index(dtype: torch.dtype) -> None:
 def test_rows_name_the_rows() -> None:
     logits = random_logits(5, 1000, dtype=torch.bfloat16)
     rows = torch.tensor([[4, -1, 0], [5, -7, 4]], dtype=torch.int32)
-    for metric in ascend.METRICS:
-        token, prob, score, unusable = ascend.token_confidence(logits, rows, metric=metric)
+    for metric in kernels.METRICS:
+        token, prob, score, unusable = kernels.token_confidence(logits, rows, metric=metric)
         known = torch.tensor([[4, -1, 0], [-1, -1, 4]], dtype=torch.int32)
         expected = reference.token_confidence(logits, known, metric=metric)
         assert token.equal(expected[0])
@@ -91,12 +91,12 @@ def test_rows_name_the_rows() -> None:
         assert unusable.tolist() == [[0, 2, 0], [2, 2, 0]]
 
 
-@pytest.mark.parametrize("metric", ascend.METRICS)
+@pytest.mark.parametrize("metric", kernels.METRICS)
 def test_a_metric_alone_equals_all_statistics(metric: str) -> None:
     logits = random_logits(3, 9000, dtype=torch.float16)
     logits[1, 17] = NAN
     everything = dict(zip(SoftmaxStats._fields, stats(logits), strict=True))
-    token, prob, score, unusable = ascend.token_confidence(logits, metric=metric)
+    token, prob, score, unusable = kernels.token_confidence(logits, metric=metric)
     assert token.equal(everything["token"])
     assert prob.equal(everything["prob"])
     assert score.equal(everything[metric])
@@ -106,7 +106,7 @@ def test_a_metric_alone_equals_all_statistics(metric: str) -> None:
 def test_every_logit_is_read_once() -> None:
     logits = random_logits(4, 152064, dtype=torch.bfloat16)
     reports: list[Any] = []
-    ascend.token_confidence(logits, cores=20, reports=reports)
+    kernels.token_confidence(logits, cores=20, reports=reports)
     (report,) = reports
     partials = 4 * 19 * 32
     assert report["gm_to_local"] == 2 * logits.numel() + partials
@@ -124,4 +124,4 @@ def test_every_logit_is_read_once() -> None:
 )
 def test_what_the_kernel_cannot_do_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ascend.token_confidence(torch.zeros(1, 8), **options)
+        kernels.token_confidence(torch.zeros(1, 8), **options)

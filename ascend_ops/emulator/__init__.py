@@ -105,3 +105,20 @@ def launch(
         cores=cores,
         tiling_key=tiling_key,
     )
+
+
+def run(
+    name: str,
+    inputs: dict[str, torch.Tensor | None],
+    outputs: dict[str, torch.Tensor],
+    tiling: Mapping[str, Any],
+    reports: list[Any] | None = None,
+) -> None:
+    """A launch of kernel `name`; its report is appended to `reports`."""
+    tensors = [Tensor(key, "in", value) for key, value in inputs.items()]
+    tensors += [Tensor(key, "out", value) for key, value in outputs.items()]
+    report = launch(
+        name, tensors, tiling["data"], workspace=tiling["workspace"], blocks=tiling["blocks"]
+    )
+    if reports is not None:
+        reports.append(report)
