@@ -62,6 +62,9 @@ CASES = {
     "causal_inside_a_block": Case(
         2, 12, 4, 2, 64, 80, block_size=5, prompt_len=[30], cache_len=[43], length=[[12, 7]]
     ),
+    "causal_one_block": Case(
+        2, 5, 4, 2, 64, 80, block_size=2**31 - 1, prompt_len=[70], cache_len=[68], dtype=HALF
+    ),
     "causal_long": Case(
         1, 290, 2, 1, 32, 40, block_size=32, prompt_len=[150], cache_len=[20], dtype=HALF
     ),

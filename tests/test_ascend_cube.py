@@ -100,3 +100,30 @@ def test_product(ascend: ModuleType) -> None:  # noqa: F811
 def test_fault_is_caught(ascend: ModuleType, name: str) -> None:  # noqa: F811
     with pytest.raises(ascend.Fault, match=FAULTS[name]):
         run(ascend, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(16, 16, 32), (40, 70, 96), (2, 5, 32), (33, 16, 64), (48, 79, 32)]
+)
+def test_ragged_product(
+    ascend: ModuleType,  # noqa: F811
+    m: int,
+    k: int,
+    n: int,
+    dtype: torch.dtype,
+) -> None:
+    """Any m and k, NaN in what they leave of a fractal; rounded once, on the way out."""
+    generator = torch.Generator().manual_seed(m)
+    a = torch.randint(-8, 9, (m, k), generator=generator).to(dtype)
+    b = torch.randint(-8, 9, (k, n), generator=generator).to(dtype)
+    y = torch.full((m, n), torch.nan, dtype=dtype)
+    report = emulator.launch(
+        "cube_product_fp16" if dtype == torch.float16 else "cube_product_bf16",
+        [Tensor("a", "in", a), Tensor("b", "in", b), Tensor("y", "out", y)],
+        ascend.cube_product_tiling(m, k, n),
+        cores="cube",
+    )
+    assert y.equal((a.float() @ b.float()).to(dtype))  # whole numbers: exact in any order
+    up = [-(-size // 16) * 16 for size in (m, k, n)]
+    assert report["cube_macs"] == up[0] * up[1] * up[2]

@@ -142,12 +142,13 @@ class Schedule {
     if (t->blockSize == 0) {
       return length;
     }
-    const int32_t generated = static_cast<int32_t>(job.cacheLen + column) - job.promptLen;
-    const int32_t size = static_cast<int32_t>(t->blockSize);
+    const int64_t position = static_cast<int64_t>(job.cacheLen) + column;
+    const int64_t generated = position - job.promptLen;
+    const int64_t size = t->blockSize;
     // The prompt is one block, the one before block 0.
-    const int32_t blockEnd = job.promptLen + (generated < 0 ? 0 : (generated / size + 1) * size);
-    const int32_t visible = blockEnd - static_cast<int32_t>(job.cacheLen);
-    return Smaller(static_cast<uint32_t>(visible), length);
+    const int64_t blockEnd = job.promptLen + (generated < 0 ? 0 : (generated / size + 1) * size);
+    const int64_t visible = blockEnd - job.cacheLen;
+    return visible < length ? static_cast<uint32_t>(visible) : length;
   }
 
  private:
