@@ -29,13 +29,19 @@ class Definition:
         return "".join(f"_{c.lower()}" if c.isupper() else c for c in self.type).lstrip("_")
 
 
-def load(build: Path) -> dict[str, Definition]:
-    """Compiles the definitions in the directory `build`, and reads them: type -> definition."""
-    sources = sorted(ASCEND_OPS.glob("*/op_host/*_def.cpp"))
-    program = build / "definitions"
+def compiled(pattern: str, main: str, build: Path) -> Path:
+    """A program of the sources of every room's op_host that `pattern` names, and `main`."""
+    sources = sorted(ASCEND_OPS.glob(f"*/op_host/{pattern}"))
+    program = build / main.removesuffix(".cpp")
     compiler = os.environ.get("CXX", "c++")
     command = [compiler, "-std=c++17", "-O0", f"-I{HERE}", *map(str, sources)]
-    subprocess.run([*command, str(HERE / "main.cpp"), "-o", str(program)], check=True)
+    subprocess.run([*command, str(HERE / main), "-o", str(program)], check=True)
+    return program
+
+
+def load(build: Path) -> dict[str, Definition]:
+    """Compiles the definitions in the directory `build`, and reads them: type -> definition."""
+    program = compiled("*_def.cpp", "main.cpp", build)
     printed = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     found = {}
     for op in json.loads(printed)["operators"]:
