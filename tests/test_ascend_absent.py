@@ -14,6 +14,7 @@ import torch
 
 import lopa_kernels as lk
 from lopa_kernels import _dispatch
+from lopa_kernels.ascend import register_converters
 
 PACKAGE = Path(lk.__file__).parent
 
@@ -62,6 +63,12 @@ def test_the_reason_and_the_requests_that_raise_it() -> None:
         RuntimeError, match=f"lopa_step: no backend for device type 'npu'; ascend: {reason}"
     ):
         _dispatch.implementation("lopa_step", "npu")
+
+
+@without_torch_npu
+def test_converters_say_what_they_need() -> None:
+    with pytest.raises(ImportError, match="register_converters needs torchair, which comes with"):
+        register_converters()
 
 
 def test_tensors_of_another_device() -> None:
