@@ -4,6 +4,7 @@
 #pragma once
 
 #include "branch_attention_job.h"
+#include "branch_attention_output.h"
 #include "kernel_operator.h"
 
 namespace branch_attention {
@@ -21,27 +22,7 @@ __aicore__ inline Half OwnHalf(const Job& job, uint32_t subBlock) {
 
 // Below every score, yet finite: the difference of two of them is 0 and not NaN.
 constexpr float MASKED = -3.0e38f;
-constexpr uint32_t LANES = 64;       // floats of a repeat
-constexpr uint32_t BLOCK = 8;        // floats of a block of 32 bytes
-constexpr uint32_t SCORE_ROWS = 16;  // at a time, of scores
-constexpr uint32_t CHUNK_ROWS = 32;  // and of outputs
-
-// Multiplies or divides rows of `width` floats by a block of 8 equal floats each.
-template <bool divide>
-__aicore__ inline void ScaleRows(const AscendC::LocalTensor<float>& matrix,
-                                 const AscendC::LocalTensor<float>& factors, uint32_t rows,
-                                 uint32_t width) {
-  const uint8_t stride = width / BLOCK;
-  const AscendC::BinaryRepeatParams params(1, 1, 0, stride, stride, 1);
-  for (uint32_t d = 0; d < width; d += LANES) {
-    const uint64_t lanes = Smaller(width - d, LANES);
-    if constexpr (divide) {
-      AscendC::Div(matrix[d], matrix[d], factors, lanes, rows, params);
-    } else {
-      AscendC::Mul(matrix[d], matrix[d], factors, lanes, rows, params);
-    }
-  }
-}
+constexpr uint32_t SCORE_ROWS = 16;  // of scores, at a time
 
 template <typename T>
 class VectorSide {
@@ -52,10 +33,6 @@ class VectorSide {
     work = schedule;
     core = AscendC::GetBlockIdx() / VECTORS_PER_CUBE;
     subBlock = AscendC::GetSubBlockIdx();
-    const uint64_t outRows =
-        static_cast<uint64_t>(t->batch) * t->branches * t->window * t->queryHeads;
-    outGm.SetGlobalBuffer((__gm__ T*)out, outRows * t->headDim);
-    lseGm.SetGlobalBuffer((__gm__ float*)lse, outRows);
     const uint32_t rows = 2 * BRANCH_ATTENTION_TILE_ROWS;
     const uint32_t scores = rows * BRANCH_ATTENTION_KEYS;
     const uint64_t block = core;
@@ -78,8 +55,7 @@ class VectorSide {
     constexpr uint32_t states = HALF_ROWS * BLOCK * sizeof(float);
     pipe->InitBuffer(scoreQueue, 2, chunk * sizeof(float));
     pipe->InitBuffer(productQueue, 2, chunk * sizeof(float));
-    pipe->InitBuffer(outQueue, 2, chunk * sizeof(T));
-    pipe->InitBuffer(lseQueue, 1, states);
+    writer.Init(out, lse, subBlock, chunk, tiling, pipe);
     pipe->InitBuffer(outputBuffer, HALF_ROWS * t->headDim * sizeof(float));
     pipe->InitBuffer(maximumBuffer, states);
     pipe->InitBuffer(sumBuffer, states);
@@ -101,7 +77,7 @@ class VectorSide {
       Job job;
       work->Get(index, job);
       if (work->IsLastSplit(job)) {
-        WriteDeadRows(job);
+        writer.WriteDeadRows(job);
       }
       Step step;
       work->First(job, step);
@@ -134,8 +110,6 @@ class VectorSide {
   }
 
  private:
-  static constexpr uint32_t VECTORS_PER_CUBE = 2;
-  static constexpr uint32_t HALF_ROWS = BRANCH_ATTENTION_TILE_ROWS / 2;
   static constexpr uint32_t STATE = HALF_ROWS * BLOCK;
   static constexpr uint8_t STRIDE = BRANCH_ATTENTION_KEYS / BLOCK;  // of a row of scores, in blocks
 
@@ -215,20 +189,20 @@ class VectorSide {
     }
     Settle();
 
-    AscendC::LocalTensor<T> weights = outQueue.template AllocTensor<T>();
+    AscendC::LocalTensor<T> weights = writer.queue.template AllocTensor<T>();
     constexpr uint8_t halfStride = keys * sizeof(T) / 32;
     for (uint32_t lane = 0; lane < active; lane += LANES) {
       AscendC::Cast(weights[lane], scores[lane], AscendC::RoundMode::CAST_RINT, all, rows,
                     AscendC::UnaryRepeatParams(1, 1, halfStride, STRIDE));
     }
-    outQueue.EnQue(weights);
+    writer.queue.EnQue(weights);
     AscendC::Mul(sum[local], sum[local], factor, rows * BLOCK);
     ReduceRows<true>(scores, rows, active);
     AscendC::Add(sum[local], sum[local], spread, rows * BLOCK);
     Settle();
     scoreQueue.FreeTensor(scores);
 
-    weights = outQueue.template DeQue<T>();
+    weights = writer.queue.template DeQue<T>();
     AscendC::DataCopyParams copy;
     constexpr uint32_t unit = 32 / sizeof(T);
     copy.blockCount = rows;
@@ -236,7 +210,7 @@ class VectorSide {
     copy.srcStride = (keys - computed) / unit;
     copy.dstStride = (keys - computed) / unit;
     AscendC::DataCopy(weightGm[place], weights, copy);
-    outQueue.FreeTensor(weights);
+    writer.queue.FreeTensor(weights);
   }
 
   // The sum or the maximum of the first `active` scores of each row, to a block of `spread`.
@@ -355,120 +329,10 @@ class VectorSide {
     const uint32_t all = half.end - half.begin;
     for (uint32_t local = 0; local < all; local += CHUNK_ROWS) {
       const uint32_t rows = Smaller(all - local, CHUNK_ROWS);
-      WriteRows(job, half.begin + local, rows, output[local * t->headDim], sum[local * BLOCK]);
-      WriteLse(job, half.begin + local, rows, maximum[local * BLOCK], sum[local * BLOCK]);
+      writer.WriteRows(job, half.begin + local, rows, output[local * t->headDim],
+                       sum[local * BLOCK]);
+      writer.WriteLse(job, half.begin + local, rows, maximum[local * BLOCK], sum[local * BLOCK]);
     }
-  }
-
-  // Divides rows of a tile by their sums and writes those that are live.
-  __aicore__ inline void WriteRows(const Job& job, uint32_t row, uint32_t rows,
-                                   const AscendC::LocalTensor<float>& sums,
-                                   const AscendC::LocalTensor<float>& denominators) {
-    ScaleRows<true>(sums, denominators, rows, t->headDim);
-    Settle();
-    AscendC::LocalTensor<T> result = outQueue.template AllocTensor<T>();
-    AscendC::Cast(result, sums, AscendC::RoundMode::CAST_RINT, rows * t->headDim);
-    outQueue.EnQue(result);
-    result = outQueue.template DeQue<T>();
-    for (uint32_t i = 0; i < job.segments; ++i) {
-      const uint32_t first = job.segmentRow[i];
-      const uint32_t live = Smaller(first + job.columns[i] * t->group, row + rows);
-      uint32_t at = row > first ? row : first;
-      while (at < live) {
-        const uint32_t column = (at - first) / t->group;
-        const uint32_t head = (at - first) % t->group;
-        const uint32_t run = Smaller(t->group - head, live - at);
-        AscendC::DataCopy(outGm[OutRow(job, i, column, head) * t->headDim],
-                          result[(at - row) * t->headDim], run * t->headDim);
-        at += run;
-      }
-    }
-    outQueue.FreeTensor(result);
-  }
-
-  // Row of `out` of a column of a segment and a query head of the job's KV head.
-  __aicore__ inline uint64_t OutRow(const Job& job, uint32_t segment, uint32_t column,
-                                    uint32_t head) const {
-    const uint64_t branch =
-        static_cast<uint64_t>(job.batch) * t->branches + job.firstBranch + segment;
-    return (branch * t->window + job.firstColumn + column) * t->queryHeads + job.kvHead * t->group +
-           head;
-  }
-
-  // The place in lse, [B, K, Hq, W].
-  __aicore__ inline uint64_t LseAt(const Job& job, uint32_t segment, uint32_t column,
-                                   uint32_t head) const {
-    const uint64_t branch =
-        static_cast<uint64_t>(job.batch) * t->branches + job.firstBranch + segment;
-    return (branch * t->queryHeads + job.kvHead * t->group + head) * t->window + job.firstColumn +
-           column;
-  }
-
-  __aicore__ inline void WriteLse(const Job& job, uint32_t row, uint32_t rows,
-                                  const AscendC::LocalTensor<float>& maxima,
-                                  const AscendC::LocalTensor<float>& sums) {
-    AscendC::LocalTensor<float> lse = lseQueue.template AllocTensor<float>();
-    AscendC::Ln(lse, sums, rows * BLOCK);
-    Settle();
-    AscendC::Add(lse, lse, maxima, rows * BLOCK);
-    lseQueue.EnQue(lse);
-    lse = lseQueue.template DeQue<float>();
-    for (uint32_t i = 0; i < job.segments; ++i) {
-      const uint32_t first = job.segmentRow[i];
-      const uint32_t live = Smaller(first + job.columns[i] * t->group, row + rows);
-      const uint32_t begin = row > first ? row : first;
-      for (uint32_t at = begin; at < Smaller(live, begin + t->group); ++at) {
-        // Rows of one head are `group` apart; their columns are neighbours in lse.
-        AscendC::DataCopyExtParams copy;
-        copy.blockCount = (live - at + t->group - 1) / t->group;
-        copy.blockLen = sizeof(float);
-        copy.srcStride = t->group - 1;
-        copy.dstStride = 0;
-        AscendC::DataCopyPad(lseGm[LseAt(job, i, (at - first) / t->group, (at - first) % t->group)],
-                             lse[(at - row) * BLOCK], copy);
-      }
-    }
-    lseQueue.FreeTensor(lse);
-  }
-
-  // Columns at or beyond `length`: 0, and lse -inf. The two vector cores share the branches.
-  __aicore__ inline void WriteDeadRows(const Job& job) {
-    bool any = false;
-    for (uint32_t i = subBlock; i < job.segments; i += VECTORS_PER_CUBE) {
-      any = any || job.columns[i] < job.tileColumns;
-    }
-    if (!any) {
-      return;
-    }
-    constexpr uint32_t columnsAtOnce = HALF_ROWS * BLOCK;
-    AscendC::LocalTensor<T> zeros = outQueue.template AllocTensor<T>();
-    AscendC::Duplicate(zeros, static_cast<T>(0.0f), CHUNK_ROWS * t->headDim);
-    outQueue.EnQue(zeros);
-    zeros = outQueue.template DeQue<T>();
-    AscendC::LocalTensor<float> nothing = lseQueue.template AllocTensor<float>();
-    AscendC::Duplicate(nothing, -__builtin_inff(), columnsAtOnce);
-    lseQueue.EnQue(nothing);
-    nothing = lseQueue.template DeQue<float>();
-    for (uint32_t i = subBlock; i < job.segments; i += VECTORS_PER_CUBE) {
-      for (uint32_t column = job.columns[i]; column < job.tileColumns; ++column) {
-        for (uint32_t head = 0; head < t->group; head += CHUNK_ROWS) {
-          AscendC::DataCopy(outGm[OutRow(job, i, column, head) * t->headDim], zeros,
-                            Smaller(t->group - head, CHUNK_ROWS) * t->headDim);
-        }
-      }
-      for (uint32_t head = 0; head < t->group; ++head) {
-        for (uint32_t column = job.columns[i]; column < job.tileColumns; column += columnsAtOnce) {
-          AscendC::DataCopyExtParams copy;
-          copy.blockCount = 1;
-          copy.blockLen = Smaller(job.tileColumns - column, columnsAtOnce) * sizeof(float);
-          copy.srcStride = 0;
-          copy.dstStride = 0;
-          AscendC::DataCopyPad(lseGm[LseAt(job, i, column, head)], nothing, copy);
-        }
-      }
-    }
-    lseQueue.FreeTensor(nothing);
-    outQueue.FreeTensor(zeros);
   }
 
   // The running state of the own half as it is, for Merge.
@@ -564,8 +428,8 @@ class VectorSide {
       Settle();
       productQueue.FreeTensor(part);
     }
-    WriteRows(last, row, rows, output, sum);
-    WriteLse(last, row, rows, maximum, sum);
+    writer.WriteRows(last, row, rows, output, sum);
+    writer.WriteLse(last, row, rows, maximum, sum);
     Settle();
   }
 
@@ -575,8 +439,7 @@ class VectorSide {
   uint32_t subBlock;
   uint32_t slot = 0;
   Half half;
-  AscendC::GlobalTensor<T> outGm;
-  AscendC::GlobalTensor<float> lseGm;
+  RowWriter<T> writer;
   AscendC::GlobalTensor<float> scoreGm;
   AscendC::GlobalTensor<T> weightGm;
   AscendC::GlobalTensor<float> productGm;
@@ -584,8 +447,6 @@ class VectorSide {
   AscendC::GlobalTensor<float> stateGm;
   AscendC::TQue<AscendC::TPosition::VECIN, 1> scoreQueue;
   AscendC::TQue<AscendC::TPosition::VECIN, 1> productQueue;
-  AscendC::TQue<AscendC::TPosition::VECOUT, 1> outQueue;
-  AscendC::TQue<AscendC::TPosition::VECOUT, 1> lseQueue;
   AscendC::TBuf<AscendC::TPosition::VECCALC> outputBuffer;
   AscendC::TBuf<AscendC::TPosition::VECCALC> maximumBuffer;
   AscendC::TBuf<AscendC::TPosition::VECCALC> sumBuffer;
