@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import VOCABULARIES, random_logits
+from cases import DRAW_VOCABULARIES, VOCABULARIES, random_logits
 from test_confidence import DTYPES, INF, NAN, check_stats, hostile_rows, orderings
 
 from ascend_ops.emulator import confidence as kernels
@@ -114,10 +114,46 @@ def test_every_logit_is_read_once() -> None:
     assert report["peak_ub"] <= 188160
 
 
+@pytest.mark.parametrize("vocab", DRAW_VOCABULARIES)
+@pytest.mark.parametrize("temperature", [1e-40, 0.3, 1.0, 1e30])
+def test_draws(vocab: int, temperature: float) -> None:
+    """The words of Philox, tile and token: the reference's tokens, on any number of cores."""
+    logits = random_logits(16 if vocab < 20000 else 4, vocab, dtype=torch.bfloat16, seed=vocab)
+    key = {"seed": torch.tensor([2**40 + 7]), "step": torch.tensor([2**35 + 9])}
+    options = {"temperature": temperature, **key}
+    result = stats(logits, **options)
+    check_stats(result, logits, **options)
+    for a, b in zip(stats(logits, cores=3, **options), result, strict=True):
+        assert a.equal(b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 17, 9000])
+def test_draws_from_hostile_values(vocab: int, dtype: torch.dtype) -> None:
+    logits = hostile_rows(vocab, dtype)
+    options = {"temperature": 0.9, "seed": torch.tensor([1])}
+    check_stats(stats(logits, **options), logits, **options)
+
+
+def test_draws_are_those_of_the_named_rows() -> None:
+    """The row's index in the logits is part of the key, its place among `rows` is not."""
+    logits = random_logits(1, 5000, dtype=torch.float32).repeat(9, 1)
+    rows = torch.tensor([8, -1, 2, 8], dtype=torch.int32)
+    options = {"temperature": 1.5, "seed": torch.tensor([5]), "step": torch.tensor([2])}
+    token = kernels.token_confidence(logits, rows, **options)[0]
+    expected = reference.token_confidence(logits, rows, **options)[0]
+    assert token.equal(expected)
+    every = kernels.token_confidence(logits, **options)[0]
+    assert token.tolist() == [every[8], 0, every[2], every[8]]
+    assert len(set(every.tolist())) > 5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.7}, "temperature: expected 0"),
+        ({"temperature": 0.7}, "seed: expected a tensor"),
+        ({"temperature": -0.5}, "temperature: expected a finite number of at least 0"),
+        ({"temperature": INF}, "temperature: expected a finite number of at least 0"),
         ({"top_k": 3}, "top_k: expected none"),
         ({"top_p": 0.9}, "top_p: expected none"),
     ],

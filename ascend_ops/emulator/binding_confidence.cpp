@@ -41,15 +41,16 @@ namespace {
 
 namespace py = pybind11;
 
-py::dict tiling(uint64_t vocab, uint64_t logits_rows, uint64_t rows, bool has_rows, uint32_t metric,
-                bool all, uint32_t cores, double temperature, int64_t top_k, double top_p) {
-  const lopa::ConfidenceShape shape{vocab, logits_rows, rows, has_rows};
+py::dict tiling(uint64_t vocab, uint64_t logits_rows, uint64_t rows, bool has_rows, bool has_seed,
+                bool has_step, uint32_t metric, bool all, uint32_t cores, double temperature,
+                int64_t top_k, double top_p) {
+  const lopa::ConfidenceShape shape{vocab, logits_rows, rows, has_rows, has_seed, has_step};
   if (const char* reason = lopa::refusal(shape, {temperature, top_k, top_p})) {
     throw py::value_error(reason);
   }
   lopa::ConfidenceTiling data{};
-  const uint32_t blocks =
-      lopa::tile_confidence(shape, static_cast<lopa::ConfidenceMetric>(metric), all, cores, &data);
+  const uint32_t blocks = lopa::tile_confidence(shape, static_cast<lopa::ConfidenceMetric>(metric),
+                                                all, temperature, cores, &data);
   py::dict result;
   result["data"] = ascend_emulator::as_bytes(data);
   result["workspace"] = lopa::workspace_bytes(data);
@@ -59,8 +60,9 @@ py::dict tiling(uint64_t vocab, uint64_t logits_rows, uint64_t rows, bool has_ro
 
 const ascend_emulator::Binding binding([](py::module_& m) {
   m.def("confidence_tiling", &tiling, py::kw_only(), py::arg("vocab"), py::arg("logits_rows"),
-        py::arg("rows"), py::arg("has_rows"), py::arg("metric"), py::arg("all"), py::arg("cores"),
-        py::arg("temperature") = 0.0, py::arg("top_k") = 0, py::arg("top_p") = 1.0);
+        py::arg("rows"), py::arg("has_rows"), py::arg("has_seed"), py::arg("has_step"),
+        py::arg("metric"), py::arg("all"), py::arg("cores"), py::arg("temperature") = 0.0,
+        py::arg("top_k") = 0, py::arg("top_p") = 1.0);
 });
 
 }  // namespace

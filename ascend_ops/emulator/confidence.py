@@ -25,6 +25,8 @@ def _confidence(
     everything: bool,
     cores: int,
     reports: list[Any] | None,
+    seed: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
     **filters: Any,
 ) -> dict[str, torch.Tensor]:
     shape = logits.shape[:-1] if rows is None else rows.shape
@@ -33,12 +35,14 @@ def _confidence(
         logits_rows=math.prod(logits.shape[:-1]),
         rows=math.prod(shape),
         has_rows=rows is not None,
+        has_seed=seed is not None,
+        has_step=step is not None,
         metric=METRICS.index(metric),
         all=everything,
         cores=cores,
         **filters,
     )
-    inputs = {"logits": logits, "rows": rows, "seed": None, "step": None}
+    inputs = {"logits": logits, "rows": rows, "seed": seed, "step": step}
     floats = ("margin", "neg_entropy", "lse") if everything else ("score",)
     out = {"token": torch.empty(shape, dtype=torch.int64)}
     out |= {key: torch.empty(shape) for key in ("prob", *floats)}

@@ -22,7 +22,7 @@ class ConfidenceCall : public NpuCall {
         shape_(output_shape(op, logits, rows, device())) {
     const LogitsView view = make_logits_view(op, logits, device());
     sampling_ = check_sampling(op, metric, temperature, top_k, top_p, seed, step, device());
-    check_plain(op, sampling_, view.vocab);
+    check_unfiltered(op, sampling_, view.vocab);
     if (rows.has_value()) rows_ = as_contiguous(*rows);
   }
 

@@ -34,7 +34,7 @@ class Npu : public NpuCall {
     const LogitsView logits_view = make_logits_view(op, logits, device());
     const Sampling sampling =
         check_sampling(op, metric, temperature, top_k, top_p, seed, step, device());
-    check_plain(op, sampling, logits_view.vocab);
+    check_unfiltered(op, sampling, logits_view.vocab);
     if (view.B == 0) return;
     const int64_t B = view.B, K = view.K, W = view.W;
     const Tensor given = rows.has_value() ? as_contiguous(*rows) : Tensor();

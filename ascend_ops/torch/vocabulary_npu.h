@@ -17,10 +17,9 @@ inline const char* name_of(Metric metric) {
   return names[static_cast<int32_t>(metric)];
 }
 
-// The operator draws no tokens and filters none, which is said here rather than by aclnn's error.
-inline void check_plain(const char* op, const Sampling& sampling, int64_t vocab) {
+// The operator filters no tokens, which is said here rather than by aclnn's error.
+inline void check_unfiltered(const char* op, const Sampling& sampling, int64_t vocab) {
   const ConfidenceConfig& config = sampling.config;
-  if (config.temperature > 0) fail(op, "temperature", "0 on an NPU", config.temperature);
   if (config.top_k > 0 && config.top_k < vocab) fail(op, "top_k", "None on an NPU", config.top_k);
   if (config.top_p < 1) fail(op, "top_p", "None or 1 on an NPU", config.top_p);
 }

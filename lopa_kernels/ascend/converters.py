@@ -67,12 +67,9 @@ def _op(
 
 
 def _sampling(temperature: float, top_k: int | None, top_p: float | None) -> dict[str, Any]:
-    if temperature > 0 or (top_p is not None and top_p < 1):
+    if top_p is not None and top_p < 1:
         # top_k is held against the vocabulary by the operator's tiling.
-        raise NotImplementedError(
-            f"temperature {temperature}, top_p {top_p}: Ascend's operators take temperature 0 and "
-            "no filters"
-        )
+        raise NotImplementedError(f"top_p {top_p}: Ascend's operators filter no tokens")
     return {
         "temperature_bits": _bits(temperature),
         "top_k": ge.attr.Int(top_k or 0),

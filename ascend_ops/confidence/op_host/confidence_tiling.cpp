@@ -26,13 +26,15 @@ ge::graphStatus tile(gert::TilingContext* context, lopa::ConfidenceMetric metric
   shape.vocab = static_cast<uint64_t>(logits->GetDim(leading));
   shape.logits_rows = elements(*logits, leading);
   shape.has_rows = rows != nullptr;
+  shape.has_seed = shapeOf(context, 2) != nullptr;
+  shape.has_step = shapeOf(context, 3) != nullptr;
   shape.rows = rows != nullptr ? elements(*rows, rows->GetDimNum()) : shape.logits_rows;
   const Attributes attributes(context);
   const lopa::ConfidenceFilters filters{attributes.wide(sampling), attributes.number(sampling + 1),
                                         attributes.wide(sampling + 2)};
   if (const char* reason = lopa::refusal(shape, filters)) return refuse(context, reason);
-  const uint32_t cores =
-      lopa::tile_confidence(shape, metric, all, vectorCores(context).count, data);
+  const uint32_t cores = lopa::tile_confidence(shape, metric, all, filters.temperature,
+                                               vectorCores(context).count, data);
   return launchTogether(context, cores, lopa::workspace_bytes(*data));
 }
 

@@ -5,12 +5,19 @@
 // order (the online softmax of arXiv 1805.02867, with a fixed tree).
 #pragma once
 
-#include "confidence_tiling_data.h"
+#include "confidence_draw.h"
 #include "kernel_operator.h"
 
 namespace lopa {
 
 using namespace AscendC;
+
+struct ConfidenceInputs {
+  GM_ADDR logits;
+  GM_ADDR rows;
+  GM_ADDR seed;
+  GM_ADDR step;
+};
 
 // Where the outputs go; null where an operator has none.
 struct ConfidenceOutputs {
@@ -70,25 +77,36 @@ class Confidence {
  public:
   __aicore__ inline Confidence() {}
 
-  __aicore__ inline void Init(TPipe* pipe, const ConfidenceTiling& tiling, GM_ADDR logits,
-                              GM_ADDR rows, const ConfidenceOutputs& outputs, GM_ADDR workspace) {
+  __aicore__ inline void Init(TPipe* pipe, const ConfidenceTiling& tiling,
+                              const ConfidenceInputs& inputs, const ConfidenceOutputs& outputs,
+                              GM_ADDR workspace) {
     tiling_ = tiling;
     outputs_ = outputs;
-    logits_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(logits),
+    part_words_ = (tiling.sampled ? kDrawPartialBytes : kPartialBytes) / sizeof(float);
+    logits_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(inputs.logits),
                             static_cast<uint64_t>(tiling.logits_rows) * tiling.vocab);
     if (tiling.has_rows) {
-      rows_.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(rows), tiling.rows);
+      rows_.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(inputs.rows), tiling.rows);
+    }
+    if (tiling.sampled) {
+      GlobalTensor<int64_t> number;
+      number.SetGlobalBuffer(reinterpret_cast<__gm__ int64_t*>(inputs.seed), 1);
+      seed_ = number.GetValue(0);
+      if (tiling.has_step) {
+        number.SetGlobalBuffer(reinterpret_cast<__gm__ int64_t*>(inputs.step), 1);
+        step_ = number.GetValue(0);
+      }
     }
     partials_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace),
-                              static_cast<uint64_t>(tiling.rows) * tiling.tiles * kPartialWords);
+                              static_cast<uint64_t>(tiling.rows) * tiling.tiles * part_words_);
     pipe->InitBuffer(in_, 2, kConfidenceTile * sizeof(T));
     pipe->InitBuffer(x_, kConfidenceTile * sizeof(float));
     pipe->InitBuffer(y_, kConfidenceTile * sizeof(float));
     pipe->InitBuffer(mask_, kConfidenceTile / 8);
     pipe->InitBuffer(work_, kWorkBytes);
     pipe->InitBuffer(results_, kSlots * kBlockBytes);
-    pipe->InitBuffer(staged_, kAtOnce * kPartialBytes);
-    pipe->InitBuffer(row_, kMaxTiles * kPartialBytes);
+    pipe->InitBuffer(staged_, kAtOnce * part_words_ * sizeof(float));
+    pipe->InitBuffer(row_, tiling.tiles * part_words_ * sizeof(float));
     pipe->InitBuffer(deltas_, (kMaxTiles + 8) * sizeof(float));
     pipe->InitBuffer(weights_, (kMaxTiles + 8) * sizeof(float));
     pipe->InitBuffer(token_, kAtOnce * sizeof(int64_t));
@@ -104,13 +122,21 @@ class Confidence {
 
  private:
   static constexpr uint32_t kBlockBytes = 32;
-  static constexpr uint32_t kPartialWords = kPartialBytes / sizeof(float);
   static constexpr uint32_t kAtOnce = 64;  // partials, and rows, that are copied out together
   static constexpr uint32_t kFloatOutputs = 5;
   // ReduceMax with an index: two words for each repeat of 64, in three rounds.
   static constexpr uint32_t kWorkBytes = 2048;
   // Results of reductions, a data block each.
-  enum Slot : uint32_t { kMaximum = 0, kAny, kSum, kWeighted, kSecond, kFinite, kSlots };
+  enum Slot : uint32_t {
+    kMaximum = 0,
+    kAny,
+    kSum,
+    kWeighted,
+    kSecond,
+    kFinite,
+    kMasses,
+    kSlots = kMasses + kDrawTiles
+  };
   static constexpr uint32_t kSlotWords = kBlockBytes / sizeof(float);
   enum Flag : uint32_t { kHasFinite = 1, kHasNan = 2 };
   // The words of a partial.
@@ -120,7 +146,8 @@ class Confidence {
     kPartSum,
     kPartWeighted,
     kPartSecond,
-    kPartFlags
+    kPartFlags,
+    kPartMasses = 8
   };
 
   // The row of logits for output `n`, or -1.
@@ -154,8 +181,8 @@ class Confidence {
       ++staged;
       if (staged == kAtOnce || unit + 1 == share.end) {
         synchronise<HardEvent::S_MTE3>();
-        DataCopy(partials_[static_cast<uint64_t>(first) * kPartialWords], staged_.Get<float>(),
-                 staged * kPartialWords);
+        DataCopy(partials_[static_cast<uint64_t>(first) * part_words_], staged_.Get<float>(),
+                 staged * part_words_);
         first = unit + 1;
         staged = 0;
       }
@@ -166,9 +193,14 @@ class Confidence {
     const int64_t row = LogitsRow(unit / tiling_.tiles);
     if (row < 0) return;
     const uint32_t tile = unit % tiling_.tiles, n = TileLength(tile);
+    CopyTokens(
+        static_cast<uint64_t>(row) * tiling_.vocab + static_cast<uint64_t>(tile) * kConfidenceTile,
+        n);
+  }
+
+  // n logits from `offset` on to the queue, filled up with -inf to a whole data block.
+  __aicore__ inline void CopyTokens(uint64_t offset, uint32_t n) {
     LocalTensor<T> in = in_.template AllocTensor<T>();
-    const uint64_t offset =
-        static_cast<uint64_t>(row) * tiling_.vocab + static_cast<uint64_t>(tile) * kConfidenceTile;
     const uint8_t padding = static_cast<uint8_t>(RoundUp(n, kBlockBytes / sizeof(T)) - n);
     const DataCopyExtParams copy{1, static_cast<uint32_t>(n * sizeof(T)), 0, 0, 0};
     const DataCopyPadExtParams<T> pad{padding > 0, 0, padding, NegInf<T>::value()};
@@ -227,6 +259,7 @@ class Confidence {
     Maxs(x, x, kNoWeight, n);
     Exp(y, x, n);
     ReduceSum(Result(kSum), y, work, n);
+    if (tiling_.sampled) SumDrawTiles(y, work, count);
     if (tiling_.weighted) {
       Mul(y, y, x, n);
       ReduceSum(Result(kWeighted), y, work, n);
@@ -241,7 +274,21 @@ class Confidence {
     const float weighted = tiling_.weighted ? Result(kWeighted).GetValue(0) : 0.0f;
     const float second = tiling_.second ? Result(kSecond).GetValue(0) : kNoWeight;
     Stage(slot, maximum, tile * kConfidenceTile + index, sum, weighted, second, flags);
+    for (uint32_t i = 0; tiling_.sampled && i * kDrawTile < count; ++i) {
+      staged_.Get<float>().SetValue(slot * part_words_ + kPartMasses + i,
+                                    results_.Get<float>().GetValue((kMasses + i) * kSlotWords));
+    }
     synchronise<HardEvent::S_V>();
+  }
+
+  // The mass of each part that a draw can go to.
+  __aicore__ inline void SumDrawTiles(const LocalTensor<float>& y, const LocalTensor<float>& work,
+                                      uint32_t count) {
+    for (uint32_t i = 0; i * kDrawTile < count; ++i) {
+      const uint32_t left = count - i * kDrawTile;
+      ReduceSum(results_.Get<float>()[(kMasses + i) * kSlotWords], y[i * kDrawTile], work,
+                static_cast<int32_t>(left < kDrawTile ? left : kDrawTile));
+    }
   }
 
   // A tile with values that are not ordinary. Returns its flags.
@@ -270,7 +317,7 @@ class Confidence {
 
   __aicore__ inline void Stage(uint32_t slot, float maximum, uint32_t index, float sum,
                                float weighted, float second, uint32_t flags) {
-    LocalTensor<float> part = staged_.Get<float>()[slot * kPartialWords];
+    LocalTensor<float> part = staged_.Get<float>()[slot * part_words_];
     LocalTensor<uint32_t> words = part.ReinterpretCast<uint32_t>();
     part.SetValue(kPartMax, maximum);
     words.SetValue(kPartIndex, index);
@@ -278,8 +325,7 @@ class Confidence {
     part.SetValue(kPartWeighted, weighted);
     part.SetValue(kPartSecond, second);
     words.SetValue(kPartFlags, flags);
-    words.SetValue(6, 0u);
-    words.SetValue(7, 0u);
+    for (uint32_t i = kPartFlags + 1; i < part_words_; ++i) words.SetValue(i, 0u);
   }
 
   // Why a row's statistics are of no use.
@@ -318,14 +364,13 @@ class Confidence {
     LocalTensor<float> parts = row_.Get<float>();
     LocalTensor<uint32_t> words = row_.Get<uint32_t>();
     synchronise<HardEvent::S_MTE2>();
-    DataCopy(parts, partials_[static_cast<uint64_t>(n) * tiles * kPartialWords],
-             tiles * kPartialWords);
+    DataCopy(parts, partials_[static_cast<uint64_t>(n) * tiles * part_words_], tiles * part_words_);
     synchronise<HardEvent::MTE2_S>();
     float maximum = float_of_bits(kNegInfBits);
     uint32_t flags = 0, best = 0;
     for (uint32_t t = 0; t < tiles; ++t) {
-      const float own = parts.GetValue(t * kPartialWords + kPartMax);
-      flags |= words.GetValue(t * kPartialWords + kPartFlags);
+      const float own = parts.GetValue(t * part_words_ + kPartMax);
+      flags |= words.GetValue(t * part_words_ + kPartFlags);
       if (own > maximum) {
         maximum = own;
         best = t;
@@ -335,9 +380,9 @@ class Confidence {
     if ((flags & kHasFinite) == 0) return;
 
     LocalTensor<float> deltas = deltas_.Get<float>(), weights = weights_.Get<float>();
-    float second = parts.GetValue(best * kPartialWords + kPartSecond);
+    float second = parts.GetValue(best * part_words_ + kPartSecond);
     for (uint32_t t = 0; t < tiles; ++t) {
-      const float own = parts.GetValue(t * kPartialWords + kPartMax);
+      const float own = parts.GetValue(t * part_words_ + kPartMax);
       float delta = (own - maximum) * tiling_.inverse_temperature;
       if (!(delta > kNoWeight)) delta = kNoWeight;
       deltas.SetValue(t, delta);
@@ -350,19 +395,23 @@ class Confidence {
     float sum = 0.0f, weighted = 0.0f;
     for (uint32_t t = 0; t < tiles; ++t) {
       const float weight = weights.GetValue(t);
-      const float own = parts.GetValue(t * kPartialWords + kPartSum);
+      const float own = parts.GetValue(t * part_words_ + kPartSum);
       sum += weight * own;
       weighted +=
-          weight * (parts.GetValue(t * kPartialWords + kPartWeighted) + own * deltas.GetValue(t));
+          weight * (parts.GetValue(t * part_words_ + kPartWeighted) + own * deltas.GetValue(t));
     }
     const float second_weight = weights.GetValue(tiles);
+    float log_weight = 0.0f;
+    const int64_t drawn = tiling_.sampled ? Draw(LogitsRow(n), maximum, log_weight) : 0;
     const float log_sum = Log(sum);
-    row.token = static_cast<int64_t>(words.GetValue(best * kPartialWords + kPartIndex));
-    row.prob = 1.0f / sum;
+    row.token = tiling_.sampled
+                    ? drawn
+                    : static_cast<int64_t>(words.GetValue(best * part_words_ + kPartIndex));
+    row.prob = tiling_.sampled ? Exponential(log_weight) / sum : 1.0f / sum;
     row.margin = OneMinusExp(second, second_weight) / sum;
     row.neg_entropy = weighted / sum - log_sum;
     if (row.neg_entropy > 0.0f) row.neg_entropy = 0.0f;
-    row.lse = maximum * tiling_.inverse_temperature + log_sum;
+    row.lse = maximum * tiling_.lse_factor * tiling_.lse_scale + log_sum;
     if (row.lse > kMaxFloat) row.lse = kMaxFloat;
     if (row.lse < -kMaxFloat) row.lse = -kMaxFloat;
   }
@@ -374,6 +423,71 @@ class Confidence {
     float sum = 1.0f;
     for (int32_t n = 7; n > 1; --n) sum = 1.0f + x / static_cast<float>(n) * sum;
     return -x * sum;
+  }
+
+  // A token of row `r` by the Gumbel-max rule, and (its logit - maximum) / temperature: a part of
+  // the vocabulary by its mass, then a token of that part.
+  __aicore__ inline int64_t Draw(int64_t r, float maximum, float& log_weight) {
+    LocalTensor<float> x = x_.Get<float>(), y = y_.Get<float>();
+    Philox philox;
+    philox.Init(seed_, step_, r);
+    Gumbels gumbels;
+    gumbels.Init(y, y[kDrawTile], y[2 * kDrawTile]);
+    const uint32_t parts = static_cast<uint32_t>((tiling_.vocab + kDrawTile - 1) / kDrawTile);
+    uint32_t part = 0;
+    // What the vector unit did for the row before is done with these tensors.
+    synchronise<HardEvent::V_S>();
+    if (parts > 1) {
+      for (uint32_t i = 0; i < parts; ++i) {
+        const uint32_t tile = i / kDrawTiles;
+        const float mass =
+            row_.Get<float>().GetValue(tile * part_words_ + kPartMasses + i % kDrawTiles);
+        // A part without mass is never drawn.
+        x.SetValue(i, mass > 0.0f ? mass : 1.0f);
+        x.SetValue(kDrawTile + i, mass > 0.0f ? deltas_.Get<float>().GetValue(tile) : -kMaxFloat);
+      }
+      gumbels.Put(philox, 0x80000000u, parts);
+      synchronise<HardEvent::S_V>();
+      Ln(x, x, static_cast<int32_t>(parts));
+      Add(x, x, x[kDrawTile], static_cast<int32_t>(parts));
+      gumbels.AddTo(x, parts);
+      part = Best(y, parts);
+      synchronise<HardEvent::S_V>();
+    }
+    const uint64_t first = static_cast<uint64_t>(part) * kDrawTile;
+    const uint64_t left = tiling_.vocab - first;
+    const uint32_t n = left < kDrawTile ? static_cast<uint32_t>(left) : kDrawTile;
+    CopyTokens(static_cast<uint64_t>(r) * tiling_.vocab + first, n);
+    const uint32_t count = Convert(n);
+    float ignored;
+    uint32_t place;
+    Sanitise(count, ignored, place);
+    Adds(x, x, -maximum, static_cast<int32_t>(count));
+    Muls(x, x, tiling_.inverse_temperature, static_cast<int32_t>(count));
+    synchronise<HardEvent::V_S>();
+    gumbels.Put(philox, static_cast<uint32_t>(first / 4), count);
+    synchronise<HardEvent::S_V>();
+    gumbels.AddTo(x, count);
+    place = Best(y, count);
+    log_weight = x.GetValue(place);
+    synchronise<HardEvent::S_V>();
+    return static_cast<int64_t>(first) + place;
+  }
+
+  // The first place of the largest of n.
+  __aicore__ inline uint32_t Best(const LocalTensor<float>& values, uint32_t n) {
+    ReduceMax(Result(kMaximum), values, work_.Get<float>(), static_cast<int32_t>(n), true);
+    synchronise<HardEvent::V_S>();
+    return Result(kMaximum).template ReinterpretCast<uint32_t>().GetValue(1);
+  }
+
+  __aicore__ inline float Exponential(float value) {
+    LocalTensor<float> cell = deltas_.Get<float>();
+    cell.SetValue(0, value > kNoWeight ? value : kNoWeight);
+    synchronise<HardEvent::S_V>();
+    Exp(cell, cell, 1);
+    synchronise<HardEvent::V_S>();
+    return cell.GetValue(0);
   }
 
   // The scalar unit has no logarithm.
@@ -428,6 +542,8 @@ class Confidence {
   }
 
   ConfidenceTiling tiling_;
+  uint32_t part_words_ = 0;
+  int64_t seed_ = 0, step_ = 0;
   ConfidenceOutputs outputs_;
   GlobalTensor<T> logits_;
   GlobalTensor<int32_t> rows_;

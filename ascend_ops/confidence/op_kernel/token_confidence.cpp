@@ -11,6 +11,6 @@ extern "C" __global__ __aicore__ void lopa_token_confidence(GM_ADDR logits, GM_A
   AscendC::TPipe pipe;
   lopa::Confidence<DTYPE_LOGITS> op;
   const lopa::ConfidenceOutputs outputs{token, prob, score, unusable, nullptr, nullptr, nullptr};
-  op.Init(&pipe, data, logits, rows, outputs, AscendC::GetUserWorkspace(workspace));
+  op.Init(&pipe, data, {logits, rows, seed, step}, outputs, AscendC::GetUserWorkspace(workspace));
   op.Process();
 }
