@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DRAW_VOCABULARIES, VOCABULARIES, random_logits
+from cases import DRAW_VOCABULARIES, VOCABULARIES, close, random_logits
 from test_confidence import DTYPES, INF, NAN, check_stats, hostile_rows, orderings
 
 from ascend_ops.emulator import confidence as kernels
@@ -115,7 +115,7 @@ def test_every_logit_is_read_once() -> None:
 
 
 @pytest.mark.parametrize("vocab", DRAW_VOCABULARIES)
-@pytest.mark.parametrize("temperature", [1e-40, 0.3, 1.0, 1e30])
+@pytest.mark.parametrize("temperature", [1e-40, 0.3, 1.0, 50.0])
 def test_draws(vocab: int, temperature: float) -> None:
     """The words of Philox, tile and token: the reference's tokens, on any number of cores."""
     logits = random_logits(16 if vocab < 20000 else 4, vocab, dtype=torch.bfloat16, seed=vocab)
@@ -125,6 +125,18 @@ def test_draws(vocab: int, temperature: float) -> None:
     check_stats(result, logits, **options)
     for a, b in zip(stats(logits, cores=3, **options), result, strict=True):
         assert a.equal(b)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-6, 1e6, 1e30, 1e300])
+def test_extreme_temperatures(temperature: float) -> None:
+    logits = random_logits(4, 300)
+    options = {"temperature": temperature, "seed": torch.tensor([4])}
+    result = stats(logits, **options)
+    expected = reference.statistics(logits, dtype=torch.float64, **options)
+    assert result.token.equal(expected[0])
+    close(result.prob, expected[1])
+    close(result.neg_entropy, expected[3], 1e-5)
+    close(result.lse, expected[4], 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

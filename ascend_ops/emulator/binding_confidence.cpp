@@ -60,9 +60,9 @@ py::dict tiling(uint64_t vocab, uint64_t logits_rows, uint64_t rows, bool has_ro
 
 const ascend_emulator::Binding binding([](py::module_& m) {
   m.def("confidence_tiling", &tiling, py::kw_only(), py::arg("vocab"), py::arg("logits_rows"),
-        py::arg("rows"), py::arg("has_rows"), py::arg("has_seed"), py::arg("has_step"),
-        py::arg("metric"), py::arg("all"), py::arg("cores"), py::arg("temperature") = 0.0,
-        py::arg("top_k") = 0, py::arg("top_p") = 1.0);
+        py::arg("rows"), py::arg("has_rows"), py::arg("has_seed") = false,
+        py::arg("has_step") = false, py::arg("metric"), py::arg("all"), py::arg("cores"),
+        py::arg("temperature") = 0.0, py::arg("top_k") = 0, py::arg("top_p") = 1.0);
 });
 
 }  // namespace

@@ -60,8 +60,10 @@ inline uint32_t tile_confidence(const ConfidenceShape& shape, ConfidenceMetric m
   tiling->weighted = all || metric == ConfidenceMetric::kNegEntropy ? 1 : 0;
   tiling->sampled = temperature > 0 ? 1 : 0;
   tiling->has_step = shape.has_step ? 1 : 0;
-  // Larger than every float: differences of zero stay zero.
-  const double inverse = temperature > 0 ? 1.0 / temperature : 1.0;
+  // A normal float, so that times it zero stays zero and infinity infinite.
+  const double smallest = static_cast<double>(std::numeric_limits<float>::min());
+  double inverse = temperature > 0 ? 1.0 / temperature : 1.0;
+  if (inverse < smallest) inverse = smallest;
   const double largest = static_cast<double>(std::numeric_limits<float>::max());
   tiling->inverse_temperature = static_cast<float>(inverse < largest ? inverse : largest);
   tiling->lse_scale = inverse < largest ? 1.0f : 0x1p100f;
