@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ascend_ops.emulator import confidence, cost
+from ascend_ops.emulator import confidence, cost, kv_cache
 from ascend_ops.emulator.branch import branch_step
 from ascend_ops.emulator.branch_attention import branch_attention
 from lopa_kernels import LopaConfig, LopaState, initial_state
@@ -111,6 +111,41 @@ def _step(batch: int, branches: int, window: int) -> Modelled:
     return Modelled("branch_step", f"B={batch} K={branches} W={window}", run)
 
 
+def _prewrite(branches: int, window: int, query_heads: int, kv_heads: int) -> Modelled:
+    head_dim = 128
+
+    def run() -> Run:
+        heads = query_heads + 2 * kv_heads
+        qkv = torch.ones(1, branches, window, heads, head_dim, dtype=torch.bfloat16)
+        q = torch.zeros(1, branches, window, query_heads, head_dim, dtype=torch.bfloat16)
+        windows = torch.zeros(2, 1, 1, branches, window, kv_heads, head_dim, dtype=torch.bfloat16)
+        cos_sin = torch.ones(window, head_dim)
+        lengths = torch.zeros(1, dtype=torch.int32)
+        cores = 2 * cost.ASCEND_910B.cores
+        report = kv_cache.qkv_prewrite_(q, *windows, 0, qkv, cos_sin, lengths, cores=cores)
+        tensors = [q, qkv, windows, cos_sin]
+        return Run(report, sum(t.numel() * t.element_size() for t in tensors))
+
+    name = f"K={branches} W={window} {query_heads}/{kv_heads} D={head_dim} bf16"
+    return Modelled("qkv_prewrite_", name, run)
+
+
+def _commit(layers: int, columns: int, kv_heads: int) -> Modelled:
+    head_dim = 128
+
+    def run() -> Run:
+        window = torch.ones(2, layers, 1, 2, columns, kv_heads, head_dim, dtype=torch.bfloat16)
+        cache = torch.zeros(2, layers, 1, columns, kv_heads, head_dim, dtype=torch.bfloat16)
+        winner, cache_len = torch.tensor([[1], [0]], dtype=torch.int32)
+        commit_len = torch.full((1,), columns, dtype=torch.int32)
+        cores = 2 * cost.ASCEND_910B.cores
+        lengths = winner, cache_len, commit_len
+        report = kv_cache.kv_commit_(*cache, *window, *lengths, cores=cores)
+        return Run(report, 2 * cache.numel() * cache.element_size())
+
+    return Modelled("kv_commit_", f"L={layers} U={columns} Hk={kv_heads} D={head_dim} bf16", run)
+
+
 #: Vocabularies of Dream (152064) and LLaDA (126464). Then Dream's heads (28/4) and LLaDA's (32/32).
 CASES = [
     *(_confidence(128, 152064, metric) for metric in ("prob", "margin", "neg_entropy")),
@@ -118,6 +153,10 @@ CASES = [
     _confidence(128, 126464, "prob"),
     _step(1, 8, 96),
     _step(16, 8, 96),
+    _prewrite(8, 32, 28, 4),
+    _prewrite(8, 32, 32, 32),
+    _commit(28, 32, 4),
+    _commit(32, 32, 32),
     _attention(4, 32, 512, 28, 4),
     _attention(8, 32, 1024, 28, 4),
     _attention(4, 64, 1024, 28, 4),
