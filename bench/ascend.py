@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         parser.error(f"--op: no operator's name contains {options.op!r}")
     table = Table(title="Ascend 910B, a model (us at peak rates); not run on an NPU")
-    for column in ("op", "shape", "memory", "L2", "cube", "vector", "bound"):
+    for column in ("op", "shape", "memory", "L2", "cube", "vector", "scalar", "bound"):
         table.add_column(column, justify="left" if column in ("op", "shape") else "right")
     for column in ("Mbyte moved", "M repeats", "G MAC", "UB KiB", "flags"):
         table.add_column(column, justify="right")
@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_row(
             case.op,
             case.name,
-            *(f"{t:.1f}" for t in (times.memory, times.l2, times.cube, times.vector)),
+            *(f"{t:.1f}" for t in (times.memory, times.l2, times.cube, times.vector, times.scalar)),
             f"{longest:.1f} {engine}",
             f"{moved / 1e6:.1f}",
             f"{report['vector_repeats'] / 1e6:.2f}",

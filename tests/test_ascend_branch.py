@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import struct
@@ -16,6 +17,7 @@ from states import (
     Drawn,
     assert_close,
     assert_same,
+    clone,
     random_config,
     random_state,
     random_stats,
@@ -35,6 +37,19 @@ def test_round_equals_reference(drawn: Drawn) -> None:
     if len(drawn.token) > 0:
         expected = lopa_kernels.branch_step(*drawn, backend="reference")
         assert_same(kernels.branch_step(*drawn, cores=2), expected)
+
+
+@settings(max_examples=60)
+@given(drawn=rounds(8, 60))
+def test_round_in_place_equals_functional(drawn: Drawn) -> None:
+    if len(drawn.token) == 0:
+        return
+    *statistics, state, config = drawn
+    config = dataclasses.replace(config, branches=None, window=None)
+    expected = lopa_kernels.branch_step(*statistics, state, config, backend="reference")
+    own = clone(state)
+    assert_same(kernels.branch_step(*statistics, own, config, in_place=True, cores=2), expected)
+    assert own.tokens.equal(expected.state.tokens)
 
 
 @settings(max_examples=100)

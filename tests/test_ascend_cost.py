@@ -8,7 +8,7 @@ import pytest
 
 from ascend_ops.emulator.cost import ASCEND_910B, Rates, model
 
-RATES = Rates(cores=2, clock=1e9, macs=4096, repeats=0.5, l2=4e12, memory=1e12)
+RATES = Rates(cores=2, clock=1e9, macs=4096, repeats=0.5, scalars=0.25, l2=4e12, memory=1e12)
 
 
 def core(cube: bool, moved: int, macs: int = 0, repeats: int = 0) -> dict[str, Any]:
@@ -18,6 +18,7 @@ def core(cube: bool, moved: int, macs: int = 0, repeats: int = 0) -> dict[str, A
         "local_to_gm": 2 * moved,
         "cube_macs": macs,
         "vector_repeats": repeats,
+        "scalar_accesses": moved // 50,
     }
 
 
@@ -30,6 +31,7 @@ def test_mixed() -> None:
     assert cost.l2 == pytest.approx(3 * 100 / 2e12 * 1e6)
     assert cost.cube == pytest.approx(2 / 1e9 * 1e6)
     assert cost.vector == pytest.approx(9 / 0.5e9 * 1e6)
+    assert cost.scalar == pytest.approx(2 / 0.25e9 * 1e6)
     assert cost.bound == ("vector", cost.vector)
 
 

@@ -76,6 +76,7 @@ py::dict launch(const std::string& name, const std::vector<Tensor>& tensors,
   };
   std::vector<Result> results;
   std::vector<uint8_t*> arguments;
+  std::vector<const void*> given;  // the memory of each region
   for (const auto& [label, word, memory] : tensors) {
     if (!memory) {
       arguments.push_back(nullptr);
@@ -84,7 +85,21 @@ py::dict launch(const std::string& name, const std::vector<Tensor>& tensors,
     const Access access = access_of(word);
     py::buffer_info info = memory->request(access != Access::kInput);
     const uint64_t bytes = static_cast<uint64_t>(info.size) * info.itemsize;
-    arguments.push_back(device.add_region(label, info.ptr, bytes, access));
+    ascend_emulator::Region* shared = nullptr;
+    for (size_t i = 0; i < given.size(); ++i) {
+      if (given[i] == info.ptr && bytes > 0) shared = device.regions[i].get();
+    }
+    if (shared == nullptr) {
+      arguments.push_back(device.add_region(label, info.ptr, bytes, access));
+      given.push_back(info.ptr);
+    } else {
+      // An operand in place: an output that is an input's memory.
+      if (shared->bytes != bytes || shared->access != Access::kInput) {
+        throw py::value_error(label + ": memory that another argument writes or has in part");
+      }
+      shared->access = access == Access::kInput ? access : Access::kInOut;
+      arguments.push_back(shared->data);
+    }
     if (access != Access::kInput) results.push_back({arguments.back(), std::move(info)});
   }
   uint8_t* user = device.add_region("workspace", nullptr, workspace, Access::kWorkspace);

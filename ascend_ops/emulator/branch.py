@@ -45,9 +45,11 @@ def branch_step(
     config: LopaConfig,
     *,
     unusable: torch.Tensor | None = None,
+    in_place: bool = False,
     cores: int = 40,
     reports: list[Any] | None = None,
 ) -> LopaStep:
+    """With `in_place` the next state is the memory of the state."""
     B, K, W = state.tokens.shape
     slots, window = config.branches or K, config.window or W
     tiling = module().branch_step_tiling(
@@ -76,7 +78,7 @@ def branch_step(
         "tokens": (B, slots, window)
     }
     out = {
-        f"next_{key}": torch.empty(shapes.get(key, (B,)), dtype=value.dtype)
+        f"next_{key}": value if in_place else torch.empty(shapes.get(key, (B,)), dtype=value.dtype)
         for key, value in state._asdict().items()
     }
     result = {
