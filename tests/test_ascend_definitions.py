@@ -106,3 +106,36 @@ def test_kernels_include_their_own_folder_alone() -> None:
         for name in re.findall(r'#include "([^"]+)"', path.read_text()):
             assert name == "kernel_operator.h" or (path.parent / name).exists(), path
             assert "/" not in name, path
+
+
+def arguments(text: str) -> list[str]:
+    """The arguments of a call, up to its closing parenthesis."""
+    found, depth = [""], 0
+    for character in text:
+        if character == ")" and depth == 0:
+            return [argument.strip() for argument in found]
+        depth += (character in "({[") - (character in ")}]")
+        if character == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += character
+    raise AssertionError("no closing parenthesis")
+
+
+def test_adapters_pass_inputs_attributes_and_outputs(definitions: dict[str, Definition]) -> None:
+    """aclnn's order, in which what is written in place is among the inputs alone."""
+    calls = {}
+    for source in (ASCEND_OPS / "torch").glob("*.*"):
+        text = source.read_text()
+        for match in re.finditer(r'launch\("aclnn(\w+)", ', text):
+            calls[match[1]] = arguments(text[match.end() :])
+    assert set(calls) == set(definitions)
+    for kind, passed in calls.items():
+        definition = definitions[kind]
+        outputs = [name for name in definition.outputs if name not in definition.inputs]
+        names = [*definition.inputs, *definition.attributes, *outputs]
+        assert len(passed) == len(names), kind
+        for i, name in enumerate(definition.attributes, len(definition.inputs)):
+            value = passed[i]
+            assert not re.search(r"Operand|operand|of_sequences|words", value), (kind, name)
+            assert ("bits_of(" in value) == name.endswith("_bits"), (kind, name)
