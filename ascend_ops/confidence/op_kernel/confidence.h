@@ -435,8 +435,6 @@ class Confidence {
     gumbels.Init(y, y[kDrawTile], y[2 * kDrawTile]);
     const uint32_t parts = static_cast<uint32_t>((tiling_.vocab + kDrawTile - 1) / kDrawTile);
     uint32_t part = 0;
-    // What the vector unit did for the row before is done with these tensors.
-    synchronise<HardEvent::V_S>();
     if (parts > 1) {
       for (uint32_t i = 0; i < parts; ++i) {
         const uint32_t tile = i / kDrawTiles;
