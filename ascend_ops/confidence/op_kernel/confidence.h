@@ -450,7 +450,6 @@ class Confidence {
       Add(x, x, x[kDrawTile], static_cast<int32_t>(parts));
       gumbels.AddTo(x, parts);
       part = Best(y, parts);
-      synchronise<HardEvent::S_V>();
     }
     const uint64_t first = static_cast<uint64_t>(part) * kDrawTile;
     const uint64_t left = tiling_.vocab - first;
@@ -462,13 +461,11 @@ class Confidence {
     Sanitise(count, ignored, place);
     Adds(x, x, -maximum, static_cast<int32_t>(count));
     Muls(x, x, tiling_.inverse_temperature, static_cast<int32_t>(count));
-    synchronise<HardEvent::V_S>();
     gumbels.Put(philox, static_cast<uint32_t>(first / 4), count);
     synchronise<HardEvent::S_V>();
     gumbels.AddTo(x, count);
     place = Best(y, count);
     log_weight = x.GetValue(place);
-    synchronise<HardEvent::S_V>();
     return static_cast<int64_t>(first) + place;
   }
 
