@@ -30,7 +30,7 @@ test:
 lint:
 	@$(IN) lint ruff check
 	@$(IN) lint ruff format --check
-	@find csrc -type f -print0 | xargs -0 $(IN) lint clang-format --dry-run -Werror
+	@find csrc ascend_ops -type f -regex '.*\.\(h\|cuh\|cpp\|cu\)' -print0 | xargs -0 $(IN) lint clang-format --dry-run -Werror
 	@$(IN) lint mypy
 
 bench:

@@ -15,13 +15,21 @@ import torch
 from lopa_kernels import _load
 
 #: every backend there is; "auto" is the choice by device
-BACKENDS = ("cpu", "cuda", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "ascend", "reference")
 
 #: the backends of a device, best first; "cuda" is also what PyTorch calls AMD's devices
-_AUTO_BY_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
+_AUTO_BY_DEVICE = {
+    "cpu": ("cpu",),
+    "cuda": ("cuda", "triton"),
+    "xpu": ("triton",),
+    "npu": ("ascend",),
+}
 
-#: library -> the native backend in it
-_LIBRARIES = {"cpu": "lopa_cpu", "cuda": "lopa_cuda"}
+#: native backend -> its library
+LIBRARIES = {"cpu": "lopa_cpu", "cuda": "lopa_cuda", "ascend": "lopa_ascend"}
+
+#: native backend -> PyTorch's name for kernels of its devices
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "ascend": "PrivateUse1"}
 
 #: the rooms with a triton.py
 _TRITON_ROOMS = ("confidence", "branch", "step", "kv_cache", "branch_attention", "certainty_loss")
@@ -73,8 +81,8 @@ def native(*ops: str) -> None:
     """Registers ``torch.ops.lopa.<op>`` as the implementation of the native backends."""
     for op in ops:
         call = getattr(torch.ops.lopa, op).default
-        for backend, library in _LIBRARIES.items():
-            key = backend.upper()
+        for backend, library in LIBRARIES.items():
+            key = _DISPATCH_KEYS[backend]
             if library not in _load.missing and torch._C._dispatch_has_kernel_for_dispatch_key(
                 f"lopa::{op}", key
             ):
@@ -166,7 +174,7 @@ def load_triton() -> None:
 
 def why_absent(backend: str, op: str | None = None) -> str | None:
     """The reason why `backend` cannot run (`op`), or None if it can."""
-    library = _LIBRARIES.get(backend)
+    library = LIBRARIES.get(backend)
     if library is not None and library in _load.missing:
         return _load.missing[library]
     if backend == "triton":
@@ -222,7 +230,9 @@ def get_backend() -> str:
 
 
 def set_backend(name: str) -> None:
-    """Sets the process-wide default backend: "auto", "cpu", "cuda", "triton" or "reference".
+    """Sets the process-wide default backend.
+
+    "auto", "cpu", "cuda", "triton", "ascend" or "reference".
 
     Raises:
         ValueError: no such backend.

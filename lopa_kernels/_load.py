@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -46,5 +48,28 @@ def _load_cuda() -> None:
         _load("lopa_cuda")
 
 
+def _load_ascend() -> None:
+    """The adapters of ascend_ops/torch, and the kernels of ascend_ops that they call."""
+    name = "lopa_ascend"
+    if "lopa_cpu" in missing:
+        missing[name] = "the schemas are in liblopa_cpu.so, which is not loaded"
+    elif importlib.util.find_spec("torch_npu") is None:
+        missing[name] = "the package torch_npu is not installed"
+    elif "torch_npu" not in sys.modules:
+        # `import torch` imports it, unless TORCH_DEVICE_BACKEND_AUTOLOAD forbids it.
+        missing[name] = "torch_npu is not imported: import it before lopa_kernels"
+    elif not library_path(name).exists():
+        missing[name] = f"{library_path(name).name} is not in the package: build ascend_ops/torch"
+    else:
+        _load(name)
+        absent = [] if name in missing else torch.ops.lopa_ascend.missing()
+        if absent:
+            missing[name] = (
+                f"the package of custom operators built from ascend_ops lacks {', '.join(absent)}, "
+                "or is not installed (ASCEND_CUSTOM_OPP_PATH)"
+            )
+
+
 _load("lopa_cpu")
 _load_cuda()
+_load_ascend()

@@ -18,7 +18,7 @@ from lopa_kernels import _dispatch, _load
 
 #: environment variable -> what it does; README.md has the same table
 VARIABLES = {
-    "LOPA_BACKEND": "default backend: auto, cpu, cuda, triton or reference; read at import",
+    "LOPA_BACKEND": "default backend: auto, cpu, cuda, triton, ascend or reference; read at import",
     "LOPA_CPU_ISA": "instruction set of the CPU kernels: portable, avx2 or avx512; read once",
     "LOPA_CUDA": "the build's CUDA library: 0 never, 1 always; default: where nvcc is found",
     "LOPA_CUDA_ARCHS": "its architectures, as CMake's; default: 80-real;90a-real;100",
@@ -95,11 +95,6 @@ def backends() -> list[tuple[str, str]]:
     for name in _dispatch.BACKENDS:
         reason = _absent(name)
         rows.append((name, "present" if reason is None else f"absent: {reason}"))
-    rows += [
-        (name, "absent: not in this version of lopa_kernels")
-        for name in ("ascend",)
-        if name not in _dispatch.BACKENDS
-    ]
     return rows
 
 
@@ -109,7 +104,7 @@ def environment() -> list[tuple[str, str, str]]:
 
 def libraries() -> list[tuple[str, str]]:
     """Path and size of the native libraries."""
-    paths = [_load.library_path(name) for name in ("lopa_cpu", "lopa_cuda")]
+    paths = [_load.library_path(name) for name in _dispatch.LIBRARIES.values()]
     return [(str(p), f"{p.stat().st_size} bytes" if p.exists() else "absent") for p in paths]
 
 

@@ -11,6 +11,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+from ascend import ascend as ascend  # the fixture
 from hypothesis import HealthCheck, settings
 
 from lopa_kernels import _dispatch

@@ -90,7 +90,7 @@ class TestAuto:
 
 class TestNamed:
     def test_unknown_names(self) -> None:
-        names = "expected one of auto, cpu, cuda, triton, reference, got 'gpu'"
+        names = "expected one of auto, cpu, cuda, triton, ascend, reference, got 'gpu'"
         with pytest.raises(ValueError, match=f"backend: {names}"):
             lk.token_confidence(LOGITS, backend="gpu")
         with pytest.raises(ValueError, match=f"set_backend: {names}"):
@@ -99,7 +99,7 @@ class TestNamed:
             raise AssertionError("entered")
         assert lk.get_backend() == os.environ.get("LOPA_BACKEND", "auto")
 
-    @pytest.mark.parametrize("backend", ["cuda", "triton"])
+    @pytest.mark.parametrize("backend", ["cuda", "triton", "ascend"])
     def test_a_backend_of_another_device(self, backend: str) -> None:
         if backend == "triton" and _dispatch.interpreted():
             pytest.skip("the interpreter runs on the CPU")

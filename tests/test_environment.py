@@ -50,11 +50,10 @@ def test_main_names_versions_devices_and_backends() -> None:
     assert ["lopa_kernels", lopa_kernels.__version__] in lines
     assert ["torch", torch.__version__] in lines
     assert ["cpu kernels", torch.ops.lopa.cpu_isa()] in lines
-    assert _dispatch.BACKENDS == ("cpu", "cuda", "triton", "reference")
+    assert _dispatch.BACKENDS == ("cpu", "cuda", "triton", "ascend", "reference")
     for name in _dispatch.BACKENDS:
         reason = _dispatch.why_absent(name)
         assert [name, "present" if reason is None else f"absent: {reason}"] in lines
-    assert ["ascend", "absent: not in this version of lopa_kernels"] in lines
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
@@ -104,7 +103,7 @@ def test_main_survives_an_unknown_isa() -> None:
 def test_report_has_what_a_bug_report_needs() -> None:
     result = run(PACKAGE.parent, "-m", "lopa_kernels.collect_env")
     assert result.returncode == 0, result.stderr
-    for name in ("liblopa_cpu.so", "liblopa_cuda.so"):
+    for name in ("liblopa_cpu.so", "liblopa_cuda.so", "liblopa_ascend.so"):
         library = PACKAGE / name
         size = f"{library.stat().st_size} bytes" if library.exists() else "absent"
         assert re.search(rf"{re.escape(str(library))} +{size}$", result.stdout, re.MULTILINE)
@@ -119,6 +118,7 @@ def test_reports_work_without_the_library(without_library: tuple[Path, str], mod
     assert result.returncode == 0, result.stderr
     reasons = dict.fromkeys(_dispatch.BACKENDS, reason)
     reasons["cuda"] = "the schemas are in liblopa_cpu.so, which is not loaded"
+    reasons["ascend"] = reasons["cuda"]
     reasons["triton"] = _dispatch.why_absent("triton") or reason
     for name, why in reasons.items():
         assert re.search(rf"^  {name} +absent: {re.escape(why)}", result.stdout, re.MULTILINE)

@@ -180,7 +180,7 @@ class TestBadInput:
 
     def test_missing_backends(self) -> None:
         logits, state, config = sample_inputs()
-        names = "auto, cpu, cuda, triton, reference"
+        names = "auto, cpu, cuda, triton, ascend, reference"
         with pytest.raises(ValueError, match=f"backend: expected one of {names}, got 'gpu'"):
             lopa_step(logits, state, config, backend="gpu")
         meta = LopaState(*(t.to("meta") for t in state))

@@ -42,6 +42,13 @@ def _run_plain(op: str, like: torch.Tensor, backend: str | None, *arguments: obj
     return True
 
 
+def _status_words(status: torch.Tensor | None, lengths: torch.Tensor) -> torch.Tensor | None:
+    """On an NPU there are always status words: torchair converts no absent mutable argument."""
+    if status is None and lengths.device.type == "npu":
+        return torch.zeros_like(lengths)
+    return status
+
+
 class _Checker:
     """Checks of one call: everything is held to the dtype and device of `k_window`."""
 
@@ -197,6 +204,7 @@ def kv_prewrite_(
         run(k_window, v_window, layer, k, v, cos_sin, cache_len)
         return
     run = _dispatch.implementation("kv_prewrite_direct_", device, backend)
+    status = _status_words(status, cache[3])
     run(k_window, v_window, *cache[:2], layer, k, v, *cache[2:], cos_sin, status)
 
 
@@ -274,6 +282,7 @@ def qkv_prewrite_(
         run(q, k_window, v_window, layer, qkv, cos_sin, cache_len)
         return q
     run = _dispatch.implementation("qkv_prewrite_direct_", device, backend)
+    status = _status_words(status, cache[3])
     run(q, k_window, v_window, *cache[:2], layer, qkv, cos_sin, *cache[2:], status)
     return q
 
@@ -329,4 +338,5 @@ def kv_commit_(
     if status is not None:
         check.lengths("status", status, batch)
     run = _dispatch.implementation(op, k_window.device.type, backend)
+    status = _status_words(status, commit_len)
     run(k_cache, v_cache, k_window, v_window, winner, cache_len, commit_len, status)
