@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kv_cache/params.h"
 #include "lopa/cuda.cuh"
@@ -371,8 +372,87 @@ __device__ __forceinline__ void rotate(Pack<T, N>& low, Pack<T, N>& high, const 
   }
 }
 
+// What RMSNorm multiplies a row by, before the weights, for each of the warp's threads: those of a
+// row are `lanes` neighbours, a power of two of them, each with N elements of each half, or zeros.
+// Element d of one half goes with that of the other, then neighbours with neighbours, pairs with
+// pairs and so on: the order of every backend, so that all have the same bits, whatever N. A row of
+// more than a warp (`lanes` over 32) is read by each of its warps: `load_squares` gives what lane
+// threadIdx.x % 32 of each has, `own` is the thread's. Whole warps call it.
+template <typename LoadSquares>
+__device__ __forceinline__ float norm_scale(float own, uint32_t lanes, float head_dim, float eps,
+                                            const LoadSquares& load_squares) {
+  auto of_lanes = [](float sum, uint32_t count) {
+#pragma unroll 1
+    for (uint32_t d = 1; d < count; d *= 2) {
+      sum = __fadd_rn(sum, __shfl_xor_sync(kWholeWarp, sum, d));
+    }
+    return sum;
+  };
+  float sum = own;
+  if (lanes <= 32) {
+    sum = of_lanes(own, lanes);
+  } else {
+    // Sums of 2^i warps' pieces that wait for their neighbours, each in lane i.
+    float waiting = 0;
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (uint32_t warp = 0; warp < lanes / 32; ++warp) {
+      sum = of_lanes(load_squares(warp * 32 + lane), 32);
+      uint32_t level = 0;
+#pragma unroll 1
+      for (; warp >> level & 1; ++level) {
+        sum = __fadd_rn(__shfl_sync(kWholeWarp, waiting, level), sum);
+      }
+      if (lane == level) waiting = sum;
+    }
+  }
+  return __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(sum, head_dim), eps)));
+}
+
+// The sum of the squares of N elements of each half, in that order.
+template <typename T, int N>
+__device__ __forceinline__ float sum_squares(const Pack<T, N>& low, const Pack<T, N>& high) {
+  float sum[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float a = to_float(low.element[i]);
+    const float b = to_float(high.element[i]);
+    sum[i] = __fadd_rn(__fmul_rn(a, a), __fmul_rn(b, b));
+  }
+#pragma unroll
+  for (int n = N / 2; n >= 1; n /= 2) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) sum[i] = __fadd_rn(sum[2 * i], sum[2 * i + 1]);
+  }
+  return sum[0];
+}
+
+// rotate() of a row that is normalised first; `weight` and `cos_sin` are its first element's.
+template <typename T, int N>
+__device__ __forceinline__ void normed_rotate(Pack<T, N>& low, Pack<T, N>& high, float scale,
+                                              const T* weight, const float* cos_sin, int64_t half) {
+  using Vector = typename Pack<T, N>::Vector;
+  Pack<T, N> low_weight;
+  Pack<T, N> high_weight;
+  low_weight.vector = __ldg(reinterpret_cast<const Vector*>(weight));
+  high_weight.vector = __ldg(reinterpret_cast<const Vector*>(weight + half));
+  float cosine[N];
+  float sine[N];
+  load_floats<N>(cos_sin, cosine);
+  load_floats<N>(cos_sin + half, sine);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float a =
+        __fmul_rn(__fmul_rn(to_float(low.element[i]), scale), to_float(low_weight.element[i]));
+    const float b =
+        __fmul_rn(__fmul_rn(to_float(high.element[i]), scale), to_float(high_weight.element[i]));
+    from_float(__fsub_rn(__fmul_rn(a, cosine[i]), __fmul_rn(b, sine[i])), &low.element[i]);
+    from_float(__fadd_rn(__fmul_rn(b, cosine[i]), __fmul_rn(a, sine[i])), &high.element[i]);
+  }
+}
+
 struct PrewriteArgs {
-  KvPrewriteParams params;
+  KvWriteParams params;
   Walk walk;         // rows: heads of queries, keys, values
   uint32_t columns;  // the window; 0 where there is nothing to write
   uint32_t slots;    // of all sequences
@@ -380,7 +460,13 @@ struct PrewriteArgs {
   StatusView status;
 };
 
-__device__ __forceinline__ int32_t prewrite_fault(const KvPrewriteParams& p, int32_t cache_len,
+// With norms a row's threads are a power of two; those past its pieces have none.
+struct NormedPrewriteArgs : PrewriteArgs {
+  KvNorms norms;
+  uint32_t pieces;
+};
+
+__device__ __forceinline__ int32_t prewrite_fault(const KvWriteParams& p, int32_t cache_len,
                                                   int32_t commit_len) {
   if (cache_len < 0 || commit_len < 0 || commit_len > p.sizes.window) return kBadState;
   if (p.cos_sin != nullptr && cache_len + p.sizes.window > p.max_position) return kBadState;
@@ -409,12 +495,21 @@ __device__ __forceinline__ T* row_of(const KvCacheView& view, int64_t layer, int
          position * view.stride[2] + head * view.stride[3];
 }
 
+// Whether a thread goes on, of which `inside` is true while it has something to do: with norms as
+// long as any of its warp has.
+template <bool kNorms>
+__device__ __forceinline__ bool has_turn(bool inside) {
+  if constexpr (kNorms) return __any_sync(kWholeWarp, inside);
+  return inside;
+}
+
 // grid (parts, sequences and branch slots): the blocks of a branch share its window. A thread takes
-// N elements of a row, and with kRotate the N of the row's other half, too.
-template <typename T, int N, bool kRotate>
-__global__ void __launch_bounds__(kThreads)
-    kv_prewrite_kernel(const __grid_constant__ PrewriteArgs a) {
-  const KvPrewriteParams& p = a.params;
+// N elements of a row, and with kRotate the N of the row's other half, too. With norms, whole warps
+// take their turns, in which some threads may have nothing.
+template <typename T, int N, bool kRotate, typename Args>
+__global__ void __launch_bounds__(kThreads) kv_prewrite_kernel(const __grid_constant__ Args a) {
+  constexpr bool kNorms = std::is_same_v<Args, NormedPrewriteArgs>;
+  const KvWriteParams& p = a.params;
   const KvSizes& s = p.sizes;
   release_successor();
   const Place start = first_place(a.walk);
@@ -429,13 +524,15 @@ __global__ void __launch_bounds__(kThreads)
     if (blockIdx.x == 0 && threadIdx.x == 0 && k == 0) report(a.status, b, fault);
     const int64_t cached = fault == 0 && k == 0 ? commit_len : 0;
 
-    for (Place at = start; at.column < a.columns; advance(at, a.walk)) {
+    for (Place at = start; has_turn<kNorms>(at.column < a.columns); advance(at, a.walk)) {
+      bool has_piece = true;
+      if constexpr (kNorms) has_piece = at.column < a.columns && at.piece < a.pieces;
       const int64_t column = at.column;
       const int64_t offset = static_cast<int64_t>(at.piece) * N;
       int64_t head = at.row;
       const bool is_query = head < s.q_heads;
       if (fault == kBadState) {
-        if (!is_query) continue;
+        if (!is_query || !has_piece) continue;
         T* row = row_of<T>(p.q_out, b, k, column, head) + offset;
         Pack<T, N> zero{};
         store_pack<T, N>(row, zero);
@@ -459,6 +556,33 @@ __global__ void __launch_bounds__(kThreads)
         if (column < cached) {
           cache = row_of<T>(is_value ? p.v_cache : p.k_cache, p.layer, b, cache_len + column, head);
         }
+      }
+      if constexpr (kNorms) {
+        Pack<T, N> low{};
+        Pack<T, N> high{};
+        if (has_piece) {
+          low = load_pack<T, N>(source + offset);
+          high = load_pack<T, N>(source + half + offset);
+        }
+        const float scale =
+            norm_scale(sum_squares(low, high), a.walk.pieces.value, static_cast<float>(s.head_dim),
+                       a.norms.eps, [&](uint32_t piece) {
+                         if (piece >= a.pieces) return 0.0f;
+                         const T* place = source + static_cast<int64_t>(piece) * N;
+                         return sum_squares(load_pack<T, N>(place), load_pack<T, N>(place + half));
+                       });
+        if (!has_piece) continue;
+        if (turns) {
+          const T* weight = static_cast<const T*>(is_query ? a.norms.q : a.norms.k);
+          normed_rotate<T, N>(low, high, scale, weight + offset,
+                              p.cos_sin + (cache_len + column) * p.cos_sin_stride + offset, half);
+        }
+        store_pack<T, N>(target + half + offset, high);
+        store_pack<T, N>(target + offset, low);
+        if (cache == nullptr) continue;
+        store_pack<T, N>(cache + half + offset, high);
+        store_pack<T, N>(cache + offset, low);
+        continue;
       }
       Pack<T, N> low = load_pack<T, N>(source + offset);
       if constexpr (kRotate) {
