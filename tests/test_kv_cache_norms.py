@@ -186,15 +186,17 @@ def test_zeros_nan_and_infinities(dtype: torch.dtype, target: Target) -> None:
 
 @over(TARGETS)
 def test_squares_past_the_range_of_fp16(target: Target) -> None:
-    """In fp32 neither 60000 overflows nor 1e-4 vanishes."""
+    """In fp32 neither 60000 overflows nor 1e-4 vanishes. One tensor is both weights."""
     shape = (1, 1, 1, 2, 1, 1, 16, 4)
     for scale in (60000.0, 1e-4):
         rows = make_rows(shape, torch.float16)
         rows.qkv.copy_(rows.qkv.sign() * scale)
-        norms = make_norms(16, torch.float16)
+        weight = make_norms(16, torch.float16).q_norm
+        shared = target.to(weight)
         caches = moved(make_caches(shape, torch.float16), target.device)
-        q = run(target, caches, 0, moved(rows, target.device), Norms(*target.to(norms)))
-        check_one_rounding(cpu(q), definition(rows.q, norms.q_norm, EPS, rows))
+        q = run(target, caches, 0, moved(rows, target.device), Norms(shared, shared))
+        check_one_rounding(cpu(q), definition(rows.q, weight, EPS, rows))
+        check_one_rounding(cpu(caches.k_window[0]), definition(rows.k, weight, EPS, rows))
 
 
 @over(KERNELS)

@@ -27,7 +27,16 @@ _OPERATORS = (
     "kv_commit_",
 )
 _dispatch.native(*_OPERATORS)
-_dispatch.eager("kv_prewrite_", "qkv_prewrite_", "kv_commit_")
+_dispatch.eager("kv_prewrite_", "kv_commit_")
+# The norms keep their defaults, which a plain call without them leaves to the dispatcher.
+_dispatch.eager(
+    "qkv_prewrite_",
+    change=lambda schema: (
+        schema.replace(" q_norm", " q_norm=None")
+        .replace(" k_norm", " k_norm=None")
+        .replace(" norm_eps", " norm_eps=1e-6")
+    ),
+)
 
 
 def _run_plain(op: str, like: torch.Tensor, backend: str | None, *arguments: object) -> bool:
@@ -279,10 +288,13 @@ def qkv_prewrite_(
         if rotated is None:
             rotated = packed.new_empty((*packed.shape[:3], num_heads, head_dim))
         try:
-            plain(
-                rotated, k_window, v_window, layer, packed, cos_sin, cache_len,
-                q_norm, k_norm, norm_eps,
-            )  # fmt: skip
+            if q_norm is None and k_norm is None:
+                plain(rotated, k_window, v_window, layer, packed, cos_sin, cache_len)
+            else:
+                plain(
+                    rotated, k_window, v_window, layer, packed, cos_sin, cache_len,
+                    q_norm, k_norm, norm_eps,
+                )  # fmt: skip
             return rotated
         except RuntimeError:
             pass  # worded by the checks, or raised once more
