@@ -262,7 +262,8 @@ def qkv_prewrite_(
     ``x / sqrt(mean(x**2) + norm_eps) * weight`` of each head of q and k. The values are copied.
 
     All of it is in fp32: between the load and the store nothing is rounded to the dtype of `qkv`,
-    the normalised head included. All backends add the squares in one order and give the same bits.
+    the normalised head included. All backends add the squares in one order: the results are equal
+    bit for bit, but for the roots and quotients of an NPU.
 
     Args:
         qkv: [B, K, W, (Hq + 2 Hk) * D] or [B, K, W, Hq + 2 Hk, D]: heads of q, then k, then v.
