@@ -30,6 +30,9 @@ class Shape(NamedTuple):
 TINY = Shape(8, 8, 96, 32, 200, 6, 2, 64)
 DREAM = Shape(28, 8, 96, 32, 512, 28, 4, 128)
 
+#: SDAR-8B, of Qwen3's shapes, whose queries and keys are normalised
+SDAR = Shape(36, 8, 96, 32, 512, 32, 8, 128)
+
 #: LLaDA-8B's cache, with a smaller window: a commit of 16.8 MB
 LLADA = Shape(32, 4, 64, 32, 256, 32, 32, 128, S=512)
 
@@ -128,19 +131,35 @@ def make_prewrite(shape: Shape, dtype: torch.dtype, device: str, buffers: int) -
     return tuples
 
 
+def make_normed(shape: Shape, dtype: torch.dtype, device: str, buffers: int) -> list[Any]:
+    generator = torch.Generator(device).manual_seed(1)
+    norms = torch.rand((2, shape.D), generator=generator, device=device) + 0.5
+    q_norm, k_norm = norms.to(dtype)
+    return [(*case, q_norm, k_norm) for case in make_prewrite(shape, dtype, device, buffers)]
+
+
 def prewrite(shape: Shape, *inputs: Any, backend: str | None = None) -> Result:
-    k_window, v_window, qkv, cos_sin, cache_len = inputs
+    k_window, v_window, qkv, cos_sin, cache_len, *norms = inputs
+    q_norm, k_norm = norms or (None, None)
     q = qkv_prewrite_(
-        k_window, v_window, 1, qkv, cos_sin, cache_len, num_heads=shape.Hq, backend=backend
-    )
+        k_window, v_window, 1, qkv, cos_sin, cache_len, num_heads=shape.Hq, q_norm=q_norm,
+        k_norm=k_norm, backend=backend,
+    )  # fmt: skip
     return q, k_window[1], v_window[1]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As the published models have it, the normalised row rounded to the dtype of the weights."""
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6)
 
 
 def eager_prewrite(shape: Shape, *inputs: Any) -> Result:
     """Split, rotate by halves, copy: the decoder's own PyTorch, the position known on the host."""
-    k_window, v_window, qkv, cos_sin, _ = inputs
+    k_window, v_window, qkv, cos_sin, _, *norms = inputs
     rows = qkv.unflatten(-1, (-1, shape.D))
     q, k, v = rows.split([shape.Hq, shape.Hk, shape.Hk], dim=3)
+    if norms:
+        q, k = (rms_norm(x, weight) for x, weight in zip((q, k), norms, strict=True))
     cosine, sine = cos_sin[shape.P : shape.P + shape.W].chunk(2, dim=-1)
     cosine, sine = (torch.cat([half, half], -1)[:, None] for half in (cosine, sine))
 
@@ -168,6 +187,17 @@ def check_rotated(result: Any, expected: Any) -> None:
     for got, want in zip(result[:2], expected[:2], strict=True):
         unit = 2 * torch.finfo(want.dtype).eps
         torch.testing.assert_close(got, want, rtol=unit, atol=unit * 1e-2)
+    assert torch.equal(result[2], expected[2])
+
+
+def check_normed(result: Any, expected: Any) -> None:
+    """The peers round the normalised row as well, by at most half a unit of its largest element."""
+    for got, want in zip(result[:2], expected[:2], strict=True):
+        unit = torch.finfo(want.dtype).eps
+        error = (got.float() - want.float()).abs()
+        # A rotation's result has that of both elements, and the last rounding of each side.
+        largest = want.float().abs().amax(-1, keepdim=True)
+        assert (error <= 3 * unit * largest + 1e-5).all()
     assert torch.equal(result[2], expected[2])
 
 
@@ -201,7 +231,9 @@ def commit_case(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Cas
     )
 
 
-def prewrite_case(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Case:
+def prewrite_case(
+    name: str, shape: Shape, dtype: torch.dtype, device: str, normed: bool = False
+) -> Case:
     rows = shape.B * shape.K * shape.W * shape.D
     gpu = device != "cpu"
     providers: dict[str, Any] = {"lopa": functools.partial(prewrite, shape)}
@@ -212,13 +244,14 @@ def prewrite_case(name: str, shape: Shape, dtype: torch.dtype, device: str) -> C
         providers["torch.compile"] = functools.partial(compiled_prewrite, shape)
     return Case(
         op="qkv_prewrite_",
-        name=f"{_name(name, shape)}, K {shape.K} W {shape.W}, {str(dtype).removeprefix('torch.')}",
-        make=functools.partial(make_prewrite, shape, dtype, device),
+        name=f"{_name(name, shape)}{', RMSNorm' * normed}, K {shape.K} W {shape.W}, "
+        f"{str(dtype).removeprefix('torch.')}",
+        make=functools.partial(make_normed if normed else make_prewrite, shape, dtype, device),
         providers=providers,
         reference="eager",
-        check=check_rotated if gpu else check_equal,
+        check=check_normed if normed else check_rotated if gpu else check_equal,
         bytes=2 * rows * (shape.Hq + 2 * shape.Hk) * dtype.itemsize,
-        flops=3 * rows * (shape.Hq + shape.Hk),
+        flops=(7 if normed else 3) * rows * (shape.Hq + shape.Hk),
         device=device,
         optional=("torch.compile",) if gpu else (),
     )
@@ -235,12 +268,14 @@ def cases(device: str = "cpu") -> list[Case]:
             commit_case("LLaDA-8B", LLADA._replace(B=8, S=320), bf16, device),
             prewrite_case("Dream-7B", DREAM, bf16, device),
             prewrite_case("Dream-7B", DREAM._replace(B=8, L=2), bf16, device),
+            prewrite_case("SDAR-8B", SDAR, bf16, device, normed=True),
         ]
     return [
         commit_case("tiny", TINY, torch.float32, device),
         commit_case("Dream-7B", DREAM, torch.bfloat16, device),
         prewrite_case("tiny", TINY, torch.float32, device),
         prewrite_case("Dream-7B", DREAM, torch.bfloat16, device),
+        prewrite_case("SDAR-8B", SDAR, torch.bfloat16, device, normed=True),
     ]
 
 

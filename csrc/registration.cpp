@@ -112,13 +112,16 @@ STABLE_TORCH_LIBRARY(lopa, m) {
          "kv_prewrite_direct_(Tensor(a!) k_window, Tensor(b!) v_window, Tensor(c!) k_cache, "
          "Tensor(d!) v_cache, int layer, Tensor k, Tensor v, Tensor cache_len, Tensor commit_len, "
          "Tensor? cos_sin=None, Tensor(e!)? status=None) -> ()");
+  const std::string norms = ", Tensor? q_norm=None, Tensor? k_norm=None, float norm_eps=1e-6";
   define(m,
          "qkv_prewrite_(Tensor(a!) q, Tensor(b!) k_window, Tensor(c!) v_window, int layer, "
-         "Tensor qkv, Tensor cos_sin, Tensor cache_len) -> ()");
+         "Tensor qkv, Tensor cos_sin, Tensor cache_len" +
+             norms + ") -> ()");
   define(m,
          "qkv_prewrite_direct_(Tensor(a!) q, Tensor(b!) k_window, Tensor(c!) v_window, "
          "Tensor(d!) k_cache, Tensor(e!) v_cache, int layer, Tensor qkv, Tensor cos_sin, "
-         "Tensor cache_len, Tensor commit_len, Tensor(f!)? status=None) -> ()");
+         "Tensor cache_len, Tensor commit_len, Tensor(f!)? status=None" +
+             norms + ") -> ()");
   define(m,
          "kv_commit_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k_window, Tensor v_window, "
          "Tensor winner, Tensor cache_len, Tensor commit_len, Tensor(c!)? status=None) -> ()");

@@ -89,3 +89,13 @@ def make_rows(shape: tuple[int, ...], dtype: torch.dtype) -> Rows:
     room = (capacity - cache_len).clamp(max=window)
     commit_len = (torch.rand((batch,), generator=g) * (room + 1)).int()
     return Rows(qkv, q, k, v, rope_table(capacity + window, head_dim), cache_len, commit_len)
+
+
+def rotated(x: torch.Tensor, cos_sin: torch.Tensor, cache_len: torch.Tensor) -> torch.Tensor:
+    """The rotation as complex multiplication in float64, from the definition."""
+    half = x.shape[-1] // 2
+    number = torch.complex(x.double()[..., :half], x.double()[..., half:])
+    position = cache_len[:, None] + torch.arange(x.shape[2])
+    turn = cos_sin.double()[position.long()]
+    turn = torch.complex(turn[..., :half], turn[..., half:])[:, None, :, None]
+    return torch.cat([(number * turn).real, (number * turn).imag], -1)

@@ -172,6 +172,8 @@ def public_calls(seed: int = 0) -> dict[str, Call]:
         "status": int32(0, 0),
     }
     full = {**direct, "status": int32(0, 0), "cache_len": int32(18, 4)}
+    q_norm, k_norm = torch.rand(2, D, generator=g) + 0.5
+    norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_eps": 1e-5}
     calls |= {
         "kv_prewrite_": call(lk.kv_prewrite_, *window, 1, k, v),
         "kv_prewrite_ rotated": call(
@@ -183,6 +185,20 @@ def public_calls(seed: int = 0) -> dict[str, Call]:
         ),
         "qkv_prewrite_ direct": call(
             lk.qkv_prewrite_, *window, 0, qkv, table, lengths["cache_len"], num_heads=Hq, **direct
+        ),
+        "qkv_prewrite_ normed": call(
+            lk.qkv_prewrite_, *window, 1, qkv, table, lengths["cache_len"], num_heads=Hq, **norms
+        ),
+        "qkv_prewrite_ normed, direct": call(
+            lk.qkv_prewrite_,
+            *window,
+            0,
+            qkv,
+            table,
+            lengths["cache_len"],
+            num_heads=Hq,
+            **direct,
+            **norms,
         ),
         "kv_commit_": call(lk.kv_commit_, *cache, *window, int32(2, 1), **lengths),
         "kv_commit_ with status": call(

@@ -390,6 +390,14 @@ def test_peers_of_the_cache_s_gpu_cases(batch: int) -> None:
     kv_cache.check_rotated(result, expected)
     with pytest.raises(AssertionError):
         kv_cache.check_rotated((result[0] * 1.1, *result[1:]), expected)
+    for dtype in (torch.bfloat16, torch.float32):
+        case = kv_cache.prewrite_case("small", shape, dtype, "cpu", normed=True)
+        assert set(verdicts_of(case).values()) == {"ok", "reference"}
+        inputs = case.make(1)[0]
+        q, *windows = case.providers["eager"](*inputs)
+        for wrong in (q * 1.1, case.providers["eager"](*inputs[:-2])[0]):
+            with pytest.raises(AssertionError):
+                kv_cache.check_normed((wrong, *windows), (q, *windows))
 
 
 def test_the_host_s_case_and_the_oracles_on_the_cpu() -> None:

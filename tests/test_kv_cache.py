@@ -19,6 +19,7 @@ from caches import (
     int32,
     make_caches,
     make_rows,
+    rotated,
     strided,
 )
 from cases import CACHES, moved, operator
@@ -30,16 +31,6 @@ import lopa_kernels as lk
 from lopa_kernels.ops.kv_cache import reference
 
 REFERENCE = Target("reference", "cpu")
-
-
-def rotated(x: torch.Tensor, cos_sin: torch.Tensor, cache_len: torch.Tensor) -> torch.Tensor:
-    """The rotation as complex multiplication in float64, from the definition."""
-    half = x.shape[-1] // 2
-    number = torch.complex(x.double()[..., :half], x.double()[..., half:])
-    position = cache_len[:, None] + torch.arange(x.shape[2])
-    turn = cos_sin.double()[position.long()]
-    turn = torch.complex(turn[..., :half], turn[..., half:])[:, None, :, None]
-    return torch.cat([(number * turn).real, (number * turn).imag], -1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)

@@ -143,6 +143,7 @@ def test_equals_the_operator_of_lopa_from_logits(target: Target) -> None:
         ("softmax_stats", "softmax_stats"),
         ("kv_prewrite_ rotated", "kv_prewrite_"),
         ("qkv_prewrite_", "qkv_prewrite_"),
+        ("qkv_prewrite_ normed", "qkv_prewrite_"),
         ("kv_commit_ with status", "kv_commit_"),
     ],
 )

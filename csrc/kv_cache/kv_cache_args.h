@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -34,17 +35,21 @@ class KvCacheOperators {
   }
 
   static void packed_prewrite(Tensor q, Tensor k_window, Tensor v_window, int64_t layer, Tensor qkv,
-                              Tensor cos_sin, Tensor cache_len) {
+                              Tensor cos_sin, Tensor cache_len, OptTensor q_norm, OptTensor k_norm,
+                              double norm_eps) {
     KvCacheOperators call("qkv_prewrite_", k_window);
     call.set_packed_rows(q, k_window, v_window, layer, qkv);
+    call.set_norms(q_norm, k_norm, norm_eps);
     call.run_prewrite(cos_sin, cache_len, std::nullopt);
   }
 
   static void packed_prewrite_direct(Tensor q, Tensor k_window, Tensor v_window, Tensor k_cache,
                                      Tensor v_cache, int64_t layer, Tensor qkv, Tensor cos_sin,
-                                     Tensor cache_len, Tensor commit_len, OptTensor status) {
+                                     Tensor cache_len, Tensor commit_len, OptTensor status,
+                                     OptTensor q_norm, OptTensor k_norm, double norm_eps) {
     KvCacheOperators call("qkv_prewrite_", k_window);
     call.set_packed_rows(q, k_window, v_window, layer, qkv);
+    call.set_norms(q_norm, k_norm, norm_eps);
     call.run_prewrite(cos_sin, cache_len, Direct{k_cache, v_cache, commit_len, status});
   }
 
@@ -166,6 +171,27 @@ class KvCacheOperators {
     p.v.data = static_cast<char*>(p.k.data) + s.kv_heads * head_bytes;
   }
 
+  void set_norms(const OptTensor& q_norm, const OptTensor& k_norm, double eps) {
+    if (q_norm.has_value() != k_norm.has_value()) {
+      const bool of_q = q_norm.has_value();
+      fail(op_, of_q ? "k_norm" : "q_norm",
+           std::string("a tensor, since ") + (of_q ? "q_norm" : "k_norm") + " is given", "None");
+    }
+    if (!q_norm.has_value()) return;
+    // Negated, so that a NaN is refused too.
+    if (!(eps >= 0 && eps <= std::numeric_limits<float>::max())) {
+      fail(op_, "norm_eps", "a finite number, 0 or more", eps);
+    }
+    params_.norms = {norm("q_norm", *q_norm, q_norm_), norm("k_norm", *k_norm, k_norm_),
+                     static_cast<float>(eps)};
+  }
+
+  const void* norm(const char* argument, const Tensor& weight, OptTensor& held) const {
+    check(argument, weight, dtype_, {sizes_.head_dim});
+    held = as_contiguous(weight);
+    return held->data_ptr();
+  }
+
   void set_rotation(const OptTensor& cos_sin, const OptTensor& cache_len) {
     KvPrewriteParams& p = params_;
     if (cache_len.has_value()) p.cache_len = lengths("cache_len", *cache_len, cache_len_);
@@ -206,6 +232,8 @@ class KvCacheOperators {
   OptTensor winner_;
   OptTensor cache_len_;
   OptTensor commit_len_;
+  OptTensor q_norm_;
+  OptTensor k_norm_;
 };
 
 }  // namespace lopa

@@ -2,9 +2,6 @@
 
 namespace lopa {
 
-void rotate_heads_avx2(FloatType type, const void* src, int64_t src_stride, void* dst,
-                       int64_t dst_stride, int64_t heads, int64_t head_dim, const float* cos_sin) {
-  rotate_heads(type, src, src_stride, dst, dst_stride, heads, head_dim, cos_sin);
-}
+void rotate_heads_avx2(const RotateTask& task) { rotate_heads(task); }
 
 }  // namespace lopa

@@ -141,12 +141,12 @@ class Prewrite {
     const float* cos_sin = nullptr;
     if (p_.cos_sin != nullptr) cos_sin = p_.cos_sin + (p_.cache_len[b] + c) * p_.cos_sin_stride;
     write(row(p_.k, b, k, c), p_.k.stride[3], window(p_.k_window, b, k, c), p_.k_window.stride[4],
-          s.kv_heads, cos_sin);
+          s.kv_heads, cos_sin, p_.norms.k);
     write(row(p_.v, b, k, c), p_.v.stride[3], window(p_.v_window, b, k, c), p_.v_window.stride[4],
-          s.kv_heads, nullptr);
+          s.kv_heads, nullptr, nullptr);
     if (p_.q.data != nullptr) {
       write(row(p_.q, b, k, c), p_.q.stride[3], row(p_.q_out, b, k, c), p_.q_out.stride[3],
-            s.q_heads, cos_sin);
+            s.q_heads, cos_sin, p_.norms.q);
     }
     if (p_.commit_len == nullptr || fault != 0 || k != 0 || c >= p_.commit_len[b]) return;
     copy(window(p_.k_window, b, k, c), p_.k_window.stride[4], cache(p_.k_cache, b, c),
@@ -181,9 +181,10 @@ class Prewrite {
   }
 
   void write(const char* src, int64_t src_stride, char* dst, int64_t dst_stride, int64_t heads,
-             const float* cos_sin) const {
+             const float* cos_sin, const void* weight) const {
     if (cos_sin != nullptr) {
-      rotate_(p_.sizes.type, src, src_stride, dst, dst_stride, heads, p_.sizes.head_dim, cos_sin);
+      rotate_({p_.sizes.type, src, src_stride, dst, dst_stride, heads, p_.sizes.head_dim, cos_sin,
+               weight, p_.norms.eps});
     } else {
       copy_heads(src, src_stride * element_, dst, dst_stride * element_, heads,
                  p_.sizes.head_dim * element_);

@@ -7,17 +7,26 @@
 
 namespace lopa {
 
-// Rotates `heads` rows of `head_dim` elements by one position's cosines and sines, in fp32. Source
-// and destination do not overlap; strides count elements.
-using RotateFunction = void (*)(FloatType type, const void* src, int64_t src_stride, void* dst,
-                                int64_t dst_stride, int64_t heads, int64_t head_dim,
-                                const float* cos_sin);
+// `heads` rows of `head_dim` elements, and what is done to each in fp32: RMSNorm with `weight`
+// (null: none), then the rotation by one position's cosines and sines. Source and destination do
+// not overlap; strides count elements.
+struct RotateTask {
+  FloatType type;
+  const void* src;
+  int64_t src_stride;
+  void* dst;
+  int64_t dst_stride;
+  int64_t heads;
+  int64_t head_dim;
+  const float* cos_sin;
+  const void* weight;
+  float eps;
+};
 
-void rotate_heads_portable(FloatType, const void*, int64_t, void*, int64_t, int64_t, int64_t,
-                           const float*);
-void rotate_heads_avx2(FloatType, const void*, int64_t, void*, int64_t, int64_t, int64_t,
-                       const float*);
-void rotate_heads_avx512(FloatType, const void*, int64_t, void*, int64_t, int64_t, int64_t,
-                         const float*);
+using RotateFunction = void (*)(const RotateTask& task);
+
+void rotate_heads_portable(const RotateTask& task);
+void rotate_heads_avx2(const RotateTask& task);
+void rotate_heads_avx512(const RotateTask& task);
 
 }  // namespace lopa

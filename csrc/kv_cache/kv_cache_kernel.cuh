@@ -4,12 +4,11 @@
 // every warp or thread block for itself.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
+#include <type_traits>
 
 #include "kv_cache/params.h"
+#include "kv_cache/rotate_kernel.cuh"
 #include "lopa/cuda.cuh"
 #include "lopa/divisor.h"
 #include "lopa/status.h"
@@ -21,7 +20,6 @@ constexpr int kThreads = 256;
 // A commit's vectors that a thread has in flight, and blocks of a multiprocessor: all are resident.
 constexpr int kCommitInFlight = 8;
 constexpr int kCommitBlocks = 4;
-constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // The status word of each sequence; null where the caller gave none.
 struct StatusView {
@@ -287,92 +285,8 @@ __global__ void __launch_bounds__(kThreads, Copy::kBlocks)
   } while (unit < a.units);
 }
 
-template <int kBytes>
-struct VectorOf;
-template <>
-struct VectorOf<16> {
-  using Type = uint4;
-};
-template <>
-struct VectorOf<8> {
-  using Type = uint2;
-};
-template <>
-struct VectorOf<4> {
-  using Type = uint32_t;
-};
-template <>
-struct VectorOf<2> {
-  using Type = uint16_t;
-};
-
-template <typename T, int N>
-union Pack {
-  using Vector = typename VectorOf<N * sizeof(T)>::Type;
-  Vector vector;
-  T element[N];
-};
-
-template <typename T, int N>
-__device__ __forceinline__ Pack<T, N> load_pack(const T* source) {
-  Pack<T, N> pack;
-  pack.vector = __ldcg(reinterpret_cast<const typename Pack<T, N>::Vector*>(source));
-  return pack;
-}
-
-template <typename T, int N>
-__device__ __forceinline__ void store_pack(T* target, const Pack<T, N>& pack) {
-  *reinterpret_cast<typename Pack<T, N>::Vector*>(target) = pack.vector;
-}
-
-// N floats that neighbouring threads read again.
-template <int N>
-__device__ __forceinline__ void load_floats(const float* source, float* out) {
-  constexpr int kStep = N < 4 ? N : 4;
-  using Part = Pack<float, kStep>;
-#pragma unroll
-  for (int i = 0; i < N; i += kStep) {
-    Part part;
-    part.vector = *reinterpret_cast<const typename Part::Vector*>(source + i);
-#pragma unroll
-    for (int j = 0; j < kStep; ++j) out[i + j] = part.element[j];
-  }
-}
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(BFloat16 x) {
-  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
-}
-__device__ __forceinline__ float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
-
-__device__ __forceinline__ void from_float(float x, float* out) { *out = x; }
-__device__ __forceinline__ void from_float(float x, BFloat16* out) {
-  out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
-}
-__device__ __forceinline__ void from_float(float x, Half* out) {
-  out->bits = __half_as_ushort(__float2half_rn(x));
-}
-
-// Rotary embedding of N pairs, element d with element d + half. Products and sums round one by one,
-// as on the CPU: the same bits.
-template <typename T, int N>
-__device__ __forceinline__ void rotate(Pack<T, N>& low, Pack<T, N>& high, const float* cos_sin,
-                                       int64_t half) {
-  float cosine[N];
-  float sine[N];
-  load_floats<N>(cos_sin, cosine);
-  load_floats<N>(cos_sin + half, sine);
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    float a = to_float(low.element[i]);
-    float b = to_float(high.element[i]);
-    from_float(__fsub_rn(__fmul_rn(a, cosine[i]), __fmul_rn(b, sine[i])), &low.element[i]);
-    from_float(__fadd_rn(__fmul_rn(b, cosine[i]), __fmul_rn(a, sine[i])), &high.element[i]);
-  }
-}
-
 struct PrewriteArgs {
-  KvPrewriteParams params;
+  KvWriteParams params;
   Walk walk;         // rows: heads of queries, keys, values
   uint32_t columns;  // the window; 0 where there is nothing to write
   uint32_t slots;    // of all sequences
@@ -380,7 +294,13 @@ struct PrewriteArgs {
   StatusView status;
 };
 
-__device__ __forceinline__ int32_t prewrite_fault(const KvPrewriteParams& p, int32_t cache_len,
+// With norms a row's threads are a power of two; those past its pieces have none.
+struct NormedPrewriteArgs : PrewriteArgs {
+  KvNorms norms;
+  uint32_t pieces;
+};
+
+__device__ __forceinline__ int32_t prewrite_fault(const KvWriteParams& p, int32_t cache_len,
                                                   int32_t commit_len) {
   if (cache_len < 0 || commit_len < 0 || commit_len > p.sizes.window) return kBadState;
   if (p.cos_sin != nullptr && cache_len + p.sizes.window > p.max_position) return kBadState;
@@ -409,12 +329,21 @@ __device__ __forceinline__ T* row_of(const KvCacheView& view, int64_t layer, int
          position * view.stride[2] + head * view.stride[3];
 }
 
+// Whether a thread goes on, of which `inside` is true while it has something to do: with norms as
+// long as any of its warp has.
+template <bool kNorms>
+__device__ __forceinline__ bool has_turn(bool inside) {
+  if constexpr (kNorms) return __any_sync(kWholeWarp, inside);
+  return inside;
+}
+
 // grid (parts, sequences and branch slots): the blocks of a branch share its window. A thread takes
-// N elements of a row, and with kRotate the N of the row's other half, too.
-template <typename T, int N, bool kRotate>
-__global__ void __launch_bounds__(kThreads)
-    kv_prewrite_kernel(const __grid_constant__ PrewriteArgs a) {
-  const KvPrewriteParams& p = a.params;
+// N elements of a row, and with kRotate the N of the row's other half, too. With norms, whole warps
+// take their turns, in which some threads may have nothing.
+template <typename T, int N, bool kRotate, typename Args>
+__global__ void __launch_bounds__(kThreads) kv_prewrite_kernel(const __grid_constant__ Args a) {
+  constexpr bool kNorms = std::is_same_v<Args, NormedPrewriteArgs>;
+  const KvWriteParams& p = a.params;
   const KvSizes& s = p.sizes;
   release_successor();
   const Place start = first_place(a.walk);
@@ -429,13 +358,15 @@ __global__ void __launch_bounds__(kThreads)
     if (blockIdx.x == 0 && threadIdx.x == 0 && k == 0) report(a.status, b, fault);
     const int64_t cached = fault == 0 && k == 0 ? commit_len : 0;
 
-    for (Place at = start; at.column < a.columns; advance(at, a.walk)) {
+    for (Place at = start; has_turn<kNorms>(at.column < a.columns); advance(at, a.walk)) {
+      bool has_piece = true;
+      if constexpr (kNorms) has_piece = at.column < a.columns && at.piece < a.pieces;
       const int64_t column = at.column;
       const int64_t offset = static_cast<int64_t>(at.piece) * N;
       int64_t head = at.row;
       const bool is_query = head < s.q_heads;
       if (fault == kBadState) {
-        if (!is_query) continue;
+        if (!is_query || !has_piece) continue;
         T* row = row_of<T>(p.q_out, b, k, column, head) + offset;
         Pack<T, N> zero{};
         store_pack<T, N>(row, zero);
@@ -459,6 +390,33 @@ __global__ void __launch_bounds__(kThreads)
         if (column < cached) {
           cache = row_of<T>(is_value ? p.v_cache : p.k_cache, p.layer, b, cache_len + column, head);
         }
+      }
+      if constexpr (kNorms) {
+        Pack<T, N> low{};
+        Pack<T, N> high{};
+        if (has_piece) {
+          low = load_pack<T, N>(source + offset);
+          high = load_pack<T, N>(source + half + offset);
+        }
+        const float scale =
+            norm_scale(sum_squares(low, high), a.walk.pieces.value, static_cast<float>(s.head_dim),
+                       a.norms.eps, [&](uint32_t piece) {
+                         if (piece >= a.pieces) return 0.0f;
+                         const T* place = source + static_cast<int64_t>(piece) * N;
+                         return sum_squares(load_pack<T, N>(place), load_pack<T, N>(place + half));
+                       });
+        if (!has_piece) continue;
+        if (turns) {
+          const T* weight = static_cast<const T*>(is_query ? a.norms.q : a.norms.k);
+          normed_rotate<T, N>(low, high, scale, weight + offset,
+                              p.cos_sin + (cache_len + column) * p.cos_sin_stride + offset, half);
+        }
+        store_pack<T, N>(target + half + offset, high);
+        store_pack<T, N>(target + offset, low);
+        if (cache == nullptr) continue;
+        store_pack<T, N>(cache + half + offset, high);
+        store_pack<T, N>(cache + offset, low);
+        continue;
       }
       Pack<T, N> low = load_pack<T, N>(source + offset);
       if constexpr (kRotate) {

@@ -123,14 +123,20 @@ void commit(bool contiguous, const CommitArgs& args, int64_t vectors, cudaStream
 }
 
 template <typename T, int N>
-void prewrite(const PrewriteArgs& args, dim3 grid, cudaStream_t stream) {
-  auto kernel = args.params.cos_sin != nullptr ? kv_prewrite_kernel<T, N, true>
-                                               : kv_prewrite_kernel<T, N, false>;
-  launch("kv_prewrite_", kernel, grid, dim3(kThreads), 0, stream, true, args);
+void prewrite(const NormedPrewriteArgs& args, dim3 grid, cudaStream_t stream) {
+  if (args.norms.q != nullptr) {
+    launch("qkv_prewrite_", kv_prewrite_kernel<T, N, true, NormedPrewriteArgs>, grid,
+           dim3(kThreads), 0, stream, true, args);
+    return;
+  }
+  auto kernel = args.params.cos_sin != nullptr ? kv_prewrite_kernel<T, N, true, PrewriteArgs>
+                                               : kv_prewrite_kernel<T, N, false, PrewriteArgs>;
+  launch("kv_prewrite_", kernel, grid, dim3(kThreads), 0, stream, true,
+         static_cast<const PrewriteArgs&>(args));
 }
 
 template <typename T>
-void prewrite(int64_t elements, const PrewriteArgs& args, dim3 grid, cudaStream_t stream) {
+void prewrite(int64_t elements, const NormedPrewriteArgs& args, dim3 grid, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
     if (elements == 8) return prewrite<T, 8>(args, grid, stream);
   }
@@ -154,6 +160,10 @@ int64_t prewrite_elements(const KvPrewriteParams& p) {
     alignment.add(p.q, s, s.q_heads, element);
     alignment.add(p.q_out, s, s.q_heads, element);
   }
+  if (p.norms.q != nullptr) {
+    alignment.add(p.norms.q);
+    alignment.add(p.norms.k);
+  }
   if (p.commit_len != nullptr) {
     alignment.add(p.k_cache, s, s.kv_heads, element);
     alignment.add(p.v_cache, s, s.kv_heads, element);
@@ -176,17 +186,23 @@ void launch_kv_prewrite(const KvPrewriteParams& params, int32_t* status, int64_t
   const int64_t elements = prewrite_elements(params);
   const int64_t rows = s.q_heads + 2 * s.kv_heads;
   const int64_t pieces = s.head_dim / elements / (params.cos_sin != nullptr ? 2 : 1);
-  const int64_t vectors = s.branches > 0 ? s.window * rows * pieces : 0;
+  // The threads of a row: with norms they exchange sums, pair by pair.
+  const int64_t lanes = params.norms.q == nullptr || pieces == 0
+                            ? pieces
+                            : static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(pieces)));
+  const int64_t vectors = s.branches > 0 ? s.window * rows * lanes : 0;
   if (s.batch == 0 || (vectors == 0 && status == nullptr)) return;
-  PrewriteArgs args{};
+  NormedPrewriteArgs args{};
   args.params = params;
+  args.norms = params.norms;
+  args.pieces = narrow("head_dim", pieces);
   args.status = {status, status_stride};
   args.columns = vectors > 0 ? narrow("window", s.window) : 0;
   args.branches = checked_divisor("branches", s.branches);
   const int64_t slots = s.batch * args.branches.value;
   args.slots = narrow("batch * branches", slots);
   const int64_t parts = parts_of(vectors, ceil_div(kPrewriteBlocks * multiprocessors(), slots));
-  args.walk = make_walk(rows, pieces, parts);
+  args.walk = make_walk(rows, lanes, parts);
   const dim3 grid(static_cast<unsigned>(parts),
                   static_cast<unsigned>(std::min<int64_t>(slots, kMaxGridY)));
   if (s.type == FloatType::kFloat) {

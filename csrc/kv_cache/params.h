@@ -36,7 +36,16 @@ struct KvSizes {
   FloatType type;
 };
 
-struct KvPrewriteParams {
+// RMSNorm (arXiv 1910.07467) over the head dimension, ahead of the rotation: weights [head_dim] of
+// the type of the rows; null: none.
+struct KvNorms {
+  const void* q;
+  const void* k;
+  float eps;
+};
+
+// A Pre-Write without norms.
+struct KvWriteParams {
   KvSizes sizes;
   KvRowsView k;
   KvRowsView v;
@@ -52,6 +61,10 @@ struct KvPrewriteParams {
   int64_t max_position;
   const int32_t* cache_len;   // [batch]; null without rotation and cache
   const int32_t* commit_len;  // [batch]; null unless the write goes to the cache too
+};
+
+struct KvPrewriteParams : KvWriteParams {
+  KvNorms norms;
 };
 
 struct KvCommitParams {

@@ -37,6 +37,13 @@ inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline float reduce_max(Vec x) { return _mm512_reduce_max_ps(x.v); }
 inline float reduce_add(Vec x) { return _mm512_reduce_add_ps(x.v); }
+// The sums of neighbouring lanes, those of `a` in the first half.
+inline Vec add_pairs(Vec a, Vec b) {
+  __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+  return {
+      _mm512_add_ps(_mm512_permutex2var_ps(a.v, even, b.v), _mm512_permutex2var_ps(a.v, odd, b.v))};
+}
 // Lanes 0..n-1 of `x`, the rest of `other`.
 inline Vec keep_first(Vec x, int64_t n, Vec other) {
   return {_mm512_mask_blend_ps(static_cast<__mmask16>((1u << n) - 1u), other.v, x.v)};
@@ -90,6 +97,11 @@ inline float reduce_add(Vec x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+// The sums of neighbouring lanes, those of `a` in the first half.
+inline Vec add_pairs(Vec a, Vec b) {
+  __m256d mixed = _mm256_castps_pd(_mm256_hadd_ps(a.v, b.v));
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(mixed, _MM_SHUFFLE(3, 1, 2, 0)))};
 }
 // Lanes 0..n-1 of `x`, the rest of `other`.
 inline Vec keep_first(Vec x, int64_t n, Vec other) {
@@ -154,6 +166,11 @@ inline float reduce_max(Vec x) {
   return low > high ? low : high;
 }
 inline float reduce_add(Vec x) { return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]); }
+// The sums of neighbouring lanes, those of `a` in the first half.
+inline Vec add_pairs(Vec a, Vec b) {
+  return {Vec::Float4{a.v[0], a.v[2], b.v[0], b.v[2]} +
+          Vec::Float4{a.v[1], a.v[3], b.v[1], b.v[3]}};
+}
 // Lanes 0..n-1 of `x`, the rest of `other`.
 inline Vec keep_first(Vec x, int64_t n, Vec other) {
   int32_t count = static_cast<int32_t>(n);

@@ -27,7 +27,16 @@ _OPERATORS = (
     "kv_commit_",
 )
 _dispatch.native(*_OPERATORS)
-_dispatch.eager("kv_prewrite_", "qkv_prewrite_", "kv_commit_")
+_dispatch.eager("kv_prewrite_", "kv_commit_")
+# The norms keep their defaults, which a plain call without them leaves to the dispatcher.
+_dispatch.eager(
+    "qkv_prewrite_",
+    change=lambda schema: (
+        schema.replace(" q_norm", " q_norm=None")
+        .replace(" k_norm", " k_norm=None")
+        .replace(" norm_eps", " norm_eps=1e-6")
+    ),
+)
 
 
 def _run_plain(op: str, like: torch.Tensor, backend: str | None, *arguments: object) -> bool:
@@ -93,6 +102,22 @@ class _Checker:
         check_shape(self.op, "cos_sin", cos_sin, (cos_sin.shape[0], head_dim))
         check_device(self.op, "cos_sin", cos_sin, self.device)
         check_unit_stride(self.op, "cos_sin", cos_sin)
+
+    def norms(
+        self, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, head_dim: int
+    ) -> None:
+        given = {"q_norm": q_norm, "k_norm": k_norm}
+        if q_norm is None and k_norm is None:
+            return
+        for name, weight in given.items():
+            if weight is None:
+                (other,) = given.keys() - {name}
+                raise ValueError(f"{self.op}: {name}: expected a tensor, since {other} is given")
+            check_dtype(self.op, name, weight, self.dtype)
+            check_shape(self.op, name, weight, (head_dim,))
+            check_device(self.op, name, weight, self.device)
+        if not 0 <= eps <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{self.op}: norm_eps: expected a finite number, 0 or more, got {eps}")
 
     def cache(self, k_cache: torch.Tensor, v_cache: torch.Tensor, window: torch.Size) -> None:
         check_rank(self.op, "k_cache", k_cache, 5)
@@ -224,17 +249,28 @@ def qkv_prewrite_(
     v_cache: torch.Tensor | None = None,
     commit_len: torch.Tensor | None = None,
     status: torch.Tensor | None = None,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Pre-Write fused with the rotation of queries and keys, straight from the packed projection.
 
     As :func:`kv_prewrite_`, whose other arguments mean the same here, so that rotary embedding
-    costs no pass of its own.
+    costs no pass of its own; nor does RMSNorm (arXiv 1910.07467) over the head dimension ahead of
+    it, where a model has such weights for its queries and keys (Qwen3, SDAR, LLaDA 2):
+    ``x / sqrt(mean(x**2) + norm_eps) * weight`` of each head of q and k. The values are copied.
+
+    All of it is in fp32: between the load and the store nothing is rounded to the dtype of `qkv`,
+    the normalised head included. All backends add the squares in one order: the results are equal
+    bit for bit, but for the roots and quotients of an NPU.
 
     Args:
         qkv: [B, K, W, (Hq + 2 Hk) * D] or [B, K, W, Hq + 2 Hk, D]: heads of q, then k, then v.
         num_heads: Hq.
         q: [B, K, W, Hq, D], where the rotated queries go; None: a new tensor.
+        q_norm, k_norm: [D] of the dtype of `qkv`, any stride, RMSNorm's weights; both or neither.
+        norm_eps: added to the mean of squares, finite and 0 or more; rounded to fp32.
 
     Returns:
         `q`, the rotated queries [B, K, W, Hq, D]; 0 for a sequence with ``Status.BAD_STATE``.
@@ -253,7 +289,13 @@ def qkv_prewrite_(
         if rotated is None:
             rotated = packed.new_empty((*packed.shape[:3], num_heads, head_dim))
         try:
-            plain(rotated, k_window, v_window, layer, packed, cos_sin, cache_len)
+            if q_norm is None and k_norm is None:
+                plain(rotated, k_window, v_window, layer, packed, cos_sin, cache_len)
+            else:
+                plain(
+                    rotated, k_window, v_window, layer, packed, cos_sin, cache_len,
+                    q_norm, k_norm, norm_eps,
+                )  # fmt: skip
             return rotated
         except RuntimeError:
             pass  # worded by the checks, or raised once more
@@ -271,19 +313,21 @@ def qkv_prewrite_(
     check.tensor("qkv", qkv, (batch, branches, window, heads, head_dim))
     check.lengths("cache_len", cache_len, batch)
     check.cos_sin(cos_sin, head_dim)
+    check.norms(q_norm, k_norm, norm_eps, head_dim)
     cache = check.direct(direct, k_cache, v_cache, cache_len, commit_len, status, k_window.shape)
     if q is None:
         q = qkv.new_empty((batch, branches, window, num_heads, head_dim))
     else:
         check.tensor("q", q, (batch, branches, window, num_heads, head_dim))
+    norms = (q_norm, k_norm, norm_eps)
     device = k_window.device.type
     if cache is None:
         run = _dispatch.implementation("qkv_prewrite_", device, backend)
-        run(q, k_window, v_window, layer, qkv, cos_sin, cache_len)
+        run(q, k_window, v_window, layer, qkv, cos_sin, cache_len, *norms)
         return q
     run = _dispatch.implementation("qkv_prewrite_direct_", device, backend)
     status = _status_words(status, cache[3])
-    run(q, k_window, v_window, *cache[:2], layer, qkv, cos_sin, *cache[2:], status)
+    run(q, k_window, v_window, *cache[:2], layer, qkv, cos_sin, *cache[2:], status, *norms)
     return q
 
 

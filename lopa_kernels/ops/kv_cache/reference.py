@@ -22,6 +22,28 @@ def rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1).to(x.dtype)
 
 
+def normalize(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """RMSNorm (arXiv 1910.07467) of `x` [..., D] with `weight` [D], in `dtype` and returned so.
+
+    All backends have the same bits: squares are added element d to element d + D/2, then neighbours
+    to neighbours, pairs to pairs and so on, a missing one being 0.
+    """
+    x = x.to(dtype)
+    low, high = x.square().tensor_split(2, dim=-1)
+    total = low + high
+    while total.shape[-1] > 1:
+        if total.shape[-1] % 2 != 0:
+            total = torch.nn.functional.pad(total, (0, 1))
+        total = total[..., 0::2] + total[..., 1::2]
+    # Divided by a tensor: by a number PyTorch multiplies on a GPU, by its reciprocal.
+    mean = total / torch.full_like(total, x.shape[-1])
+    # PyTorch's square root of fp32 may be the vector library's, off by a unit.
+    root = (mean + eps).double().sqrt().to(dtype)
+    return x * (1 / root) * weight.to(dtype)
+
+
 def _fault(
     cache_len: int, commit_len: int | None, window: int, capacity: int, max_position: int | None
 ) -> tuple[Status, str]:
@@ -64,6 +86,7 @@ def _prewrite(
     v_cache: torch.Tensor | None = None,
     commit_len: torch.Tensor | None = None,
     status: torch.Tensor | None = None,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> None:
     batch, window = k_window.shape[1], k_window.shape[3]
     query, key, value = rows
@@ -80,16 +103,26 @@ def _prewrite(
         for start, commit in zip(starts, commits, strict=True)
     ]
     _settle(op, faults, status)
+
+    def turned(
+        x: torch.Tensor, turn: torch.Tensor | None, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        if turn is None:
+            return x
+        if norms is None or weight is None:
+            return rotate(x, turn)
+        return rotate(normalize(x, weight, norms[2], turn.dtype), turn).to(x.dtype)
+
     for b, (start, commit, (fault, _)) in enumerate(zip(starts, commits, faults, strict=True)):
         if fault == Status.BAD_STATE:
             if q is not None:
                 q[b] = 0
             continue
         turn = None if cos_sin is None else cos_sin[start : start + window]
-        k_window[layer, b] = key[b] if turn is None else rotate(key[b], turn)
+        k_window[layer, b] = turned(key[b], turn, None if norms is None else norms[1])
         v_window[layer, b] = value[b]
         if q is not None and query is not None:
-            q[b] = query[b] if turn is None else rotate(query[b], turn)
+            q[b] = turned(query[b], turn, None if norms is None else norms[0])
         if k_cache is None or v_cache is None or commit is None or fault:
             continue
         k_cache[layer, b, start : start + commit] = k_window[layer, b, 0, :commit]
@@ -129,6 +162,12 @@ def kv_prewrite_direct_(
     )  # fmt: skip
 
 
+def _norms(
+    q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    return None if q_norm is None or k_norm is None else (q_norm, k_norm, eps)
+
+
 def _unpack(
     qkv: torch.Tensor, q_heads: int, kv_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -145,9 +184,13 @@ def qkv_prewrite_(
     qkv: torch.Tensor,
     cos_sin: torch.Tensor,
     cache_len: torch.Tensor,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
 ) -> None:
     rows = _unpack(qkv, q.shape[3], k_window.shape[4])
-    _prewrite("qkv_prewrite_", q, k_window, v_window, layer, rows, cos_sin, cache_len)
+    norms = _norms(q_norm, k_norm, norm_eps)
+    _prewrite("qkv_prewrite_", q, k_window, v_window, layer, rows, cos_sin, cache_len, norms=norms)
 
 
 @implements("qkv_prewrite_direct_", "reference")
@@ -163,11 +206,14 @@ def qkv_prewrite_direct_(
     cache_len: torch.Tensor,
     commit_len: torch.Tensor,
     status: torch.Tensor | None = None,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
 ) -> None:
     rows = _unpack(qkv, q.shape[3], k_window.shape[4])
     _prewrite(
         "qkv_prewrite_", q, k_window, v_window, layer, rows, cos_sin, cache_len, k_cache, v_cache,
-        commit_len, status,
+        commit_len, status, _norms(q_norm, k_norm, norm_eps),
     )  # fmt: skip
 
 

@@ -32,6 +32,8 @@ _INTERPRETED = tl.constexpr(_dispatch.interpreted())
 # Elements of a program's tile: of bf16, four 16-byte vectors a thread. The interpreter takes its
 # time by the program, whatever its size.
 _TILE = 32768 if _dispatch.interpreted() else 4096
+#: log2 of the longest row that Triton has tiles for
+_LEVELS = tl.constexpr(20)
 #: programs of a multiprocessor, each of four warps: all of a commit's are resident
 _PROGRAMS = 8
 
@@ -93,6 +95,20 @@ class _Checker:
         shape = (cos_sin.shape[0], head_dim)
         check_tensor(self.op, "cos_sin", cos_sin, torch.float32, shape, self.device)
         self.unit_stride("cos_sin", cos_sin)
+
+    def norms(
+        self, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, float | None]:
+        """What the kernel takes: without norms no argument at all."""
+        if q_norm is None and k_norm is None:
+            return None, None, None
+        for name, weight, other in (("q_norm", q_norm, "k_norm"), ("k_norm", k_norm, "q_norm")):
+            if weight is None:
+                fail(self.op, name, f"a tensor, since {other} is given", "None")
+            check_tensor(self.op, name, weight, self.dtype, (self.shape[5],), self.device)
+        if not 0 <= eps <= torch.finfo(torch.float32).max:
+            fail(self.op, "norm_eps", "a finite number, 0 or more", eps)
+        return q_norm.contiguous(), k_norm.contiguous(), eps  # type: ignore[union-attr]
 
 
 @triton.jit
@@ -234,16 +250,34 @@ def _narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def _norm_scale(a, b, eps, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """What RMSNorm multiplies the rows of halves `a` and `b` by, before the weights: [ROWS, 1].
+
+    Element d of one half goes with that of the other, then neighbours with neighbours, pairs with
+    pairs and so on: the order of every backend, so that all have the same bits.
+    """
+    squares = a * a + b * b
+    for level in tl.static_range(_LEVELS):
+        if BLOCK >> level > 1:
+            pairs = tl.reshape(squares, (ROWS, BLOCK >> (level + 1), 2))
+            squares = tl.sum(pairs, axis=2)
+    mean = tl.div_rn(squares, HALF * 2.0)
+    return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+
+
+@triton.jit
 def _turn_rows(
     source, source_column, source_head, target, target_column, target_head,
-    cache, cache_position, cache_head, cos_sin, cos_sin_stride, tile, columns, cached, bad,
+    cache, cache_position, cache_head, cos_sin, cos_sin_stride, norm, norm_eps,
+    tile, columns, cached, bad,
     HEADS: tl.constexpr, HALF: tl.constexpr, PAIRED: tl.constexpr, TURNS: tl.constexpr,
     CACHED: tl.constexpr, CLEARS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of ROWS rows of columns of HEADS rows: to the window, rotated if TURNS.
 
     A row is PAIRED halves of HALF elements, or HALF elements. With CACHED, columns below `cached`
-    go to the cache, too. Nothing is written where `bad`, or zeros, if CLEARS.
+    go to the cache, too. Nothing is written where `bad`, or zeros, if CLEARS. Rows that turn are
+    normalised before if there are weights, `norm`.
     """
     row = tile * ROWS + tl.arange(0, ROWS)
     column, head = row // HEADS, row % HEADS
@@ -268,6 +302,12 @@ def _turn_rows(
                 cosine = tl.load(table, mask=inside)
                 sine = tl.load(table + HALF, mask=inside)
                 a, b = low.to(tl.float32), high.to(tl.float32)
+                if norm is not None:
+                    a, b = tl.where(inside, a, 0.0), tl.where(inside, b, 0.0)
+                    scale = _norm_scale(a, b, norm_eps, HALF, ROWS, BLOCK)
+                    held = element < HALF
+                    a = a * scale * tl.load(norm + element, mask=held).to(tl.float32)
+                    b = b * scale * tl.load(norm + HALF + element, mask=held).to(tl.float32)
                 low = _narrow(a * cosine - b * sine, low.dtype)
                 high = _narrow(b * cosine + a * sine, high.dtype)
             tl.store(to + HALF, high, mask=inside)
@@ -286,7 +326,7 @@ def _turn_rows(
 )  # fmt: skip
 def _prewrite_kernel(
     q_out, k_window, v_window, k_cache, v_cache, layer, q, k, v, cos_sin, cache_len, commit_len,
-    status, status_stride,
+    q_norm, k_norm, norm_eps, status, status_stride,
     q_out_batch, q_out_branch, q_out_column, q_out_head,
     k_window_layer, k_window_batch, k_window_branch, k_window_column, k_window_head,
     v_window_layer, v_window_batch, v_window_branch, v_window_column, v_window_head,
@@ -343,21 +383,21 @@ def _prewrite_kernel(
             _turn_rows(
                 q + b * q_batch + branch * q_branch, q_column, q_head,
                 q_out + b * q_out_batch + branch * q_out_branch, q_out_column, q_out_head,
-                None, 0, 0, table, cos_sin_stride, tile, columns, cached, bad,
+                None, 0, 0, table, cos_sin_stride, q_norm, norm_eps, tile, columns, cached, bad,
                 Q_HEADS, HALF, TURNS, TURNS, False, True, ROWS, BLOCK,
             )  # fmt: skip
     elif tile < q_tiles + kv_tiles:
         _turn_rows(
             k + b * k_batch + branch * k_branch, k_column, k_head,
             k_window + k_to, k_window_column, k_window_head, k_copy, k_cache_position, k_cache_head,
-            table, cos_sin_stride, tile - q_tiles, columns, cached, bad,
+            table, cos_sin_stride, k_norm, norm_eps, tile - q_tiles, columns, cached, bad,
             KV_HEADS, HALF, TURNS, TURNS, CACHED, False, ROWS, BLOCK,
         )  # fmt: skip
     else:
         _turn_rows(
             v + b * v_batch + branch * v_branch, v_column, v_head,
             v_window + v_to, v_window_column, v_window_head, v_copy, v_cache_position, v_cache_head,
-            table, cos_sin_stride, tile - q_tiles - kv_tiles, columns, cached, bad,
+            table, cos_sin_stride, None, None, tile - q_tiles - kv_tiles, columns, cached, bad,
             KV_HEADS, HALF, TURNS, False, CACHED, False, ROWS, BLOCK,
         )  # fmt: skip
 
@@ -375,9 +415,11 @@ def _prewrite(
     v_cache: torch.Tensor | None = None,
     commit_len: torch.Tensor | None = None,
     status: torch.Tensor | None = None,
+    norms: tuple[torch.Tensor | None, torch.Tensor | None, float] = (None, None, 0),
 ) -> None:
     check.layer(layer)
     check.rotation(cos_sin, cache_len)
+    weights = check.norms(*norms)
     if k_cache is not None and v_cache is not None:
         check.caches(k_cache, v_cache)
         check.lengths("commit_len", commit_len)
@@ -406,7 +448,7 @@ def _prewrite(
             q_out, k_window, v_window, k_cache, v_cache, layer, q, k, v, cos_sin,
             None if cache_len is None else cache_len.contiguous(),
             None if commit_len is None else commit_len.contiguous(),
-            status, *strides(status, 1),
+            *weights, status, *strides(status, 1),
             *strides(q_out, 4), *strides(k_window, 5), *strides(v_window, 5),
             *strides(k_cache, 4), *strides(v_cache, 4),
             *strides(q, 4), *strides(k, 4), *strides(v, 4), *strides(cos_sin, 1),
@@ -483,9 +525,13 @@ def qkv_prewrite_(
     qkv: torch.Tensor,
     cos_sin: torch.Tensor,
     cache_len: torch.Tensor,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
 ) -> None:
     check, rows = _packed(q, k_window, v_window, qkv)
-    _prewrite(check, q, k_window, v_window, layer, rows, cos_sin, cache_len)
+    norms = (q_norm, k_norm, norm_eps)
+    _prewrite(check, q, k_window, v_window, layer, rows, cos_sin, cache_len, norms=norms)
 
 
 @implements_triton("qkv_prewrite_direct_")
@@ -501,9 +547,12 @@ def qkv_prewrite_direct_(
     cache_len: torch.Tensor,
     commit_len: torch.Tensor,
     status: torch.Tensor | None = None,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
 ) -> None:
     check, rows = _packed(q, k_window, v_window, qkv)
     _prewrite(
         check, q, k_window, v_window, layer, rows, cos_sin, cache_len,
-        k_cache, v_cache, commit_len, status,
+        k_cache, v_cache, commit_len, status, (q_norm, k_norm, norm_eps),
     )  # fmt: skip
