@@ -111,7 +111,9 @@ def _step(batch: int, branches: int, window: int) -> Modelled:
     return Modelled("branch_step", f"B={batch} K={branches} W={window}", run)
 
 
-def _prewrite(branches: int, window: int, query_heads: int, kv_heads: int) -> Modelled:
+def _prewrite(
+    branches: int, window: int, query_heads: int, kv_heads: int, *, norms: bool = False
+) -> Modelled:
     head_dim = 128
 
     def run() -> Run:
@@ -122,12 +124,15 @@ def _prewrite(branches: int, window: int, query_heads: int, kv_heads: int) -> Mo
         cos_sin = torch.ones(window, head_dim)
         lengths = torch.zeros(1, dtype=torch.int32)
         cores = 2 * cost.ASCEND_910B.cores
-        report = kv_cache.qkv_prewrite_(q, *windows, 0, qkv, cos_sin, lengths, cores=cores)
-        tensors = [q, qkv, windows, cos_sin]
+        weights = [torch.ones(head_dim, dtype=torch.bfloat16)] * 2 if norms else []
+        report = kv_cache.qkv_prewrite_(
+            q, *windows, 0, qkv, cos_sin, lengths, *weights, cores=cores
+        )
+        tensors = [q, qkv, windows, cos_sin, *weights]
         return Run(report, sum(t.numel() * t.element_size() for t in tensors))
 
     name = f"K={branches} W={window} {query_heads}/{kv_heads} D={head_dim} bf16"
-    return Modelled("qkv_prewrite_", name, run)
+    return Modelled("qkv_prewrite_", f"{name} norms" if norms else name, run)
 
 
 def _commit(layers: int, columns: int, kv_heads: int) -> Modelled:
@@ -155,6 +160,7 @@ CASES = [
     _step(16, 8, 96),
     _prewrite(8, 32, 28, 4),
     _prewrite(8, 32, 32, 32),
+    _prewrite(8, 32, 32, 8, norms=True),
     _commit(28, 32, 4),
     _commit(32, 32, 32),
     _attention(4, 32, 512, 28, 4),

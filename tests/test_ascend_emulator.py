@@ -45,6 +45,8 @@ FAULTS = {
     "fault_mask_range": r"\[repeat\] .*mask is 65, not in \[1, 64\]",
     "fault_stride": r"\[bounds\] .*Adds: dst takes bytes \[1024, 1280\)",
     "fault_partial_overlap": r"\[overlap\] .*Adds: dst and src overlap",
+    "fault_shared_memory": r"\[overlap\] .*Brcb: dst and src share memory",
+    "fault_square_root": r"\[domain\] .*Sqrt: 0 is not positive",
     "fault_unsupported": r"\[unsupported\] .*Cast: RoundMode 6",
     "fault_cross_core_race": r"\[race\] vector core 1: reads .* which core 0 PIPE_MTE3 wrote",
     "fault_overlapping_outputs": r"\[race\] vector core 1: writes byte 992 of y, which core 0",

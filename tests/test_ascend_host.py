@@ -140,7 +140,9 @@ class TestKvCache:
             inputs.append(int32(B))
             written.append(int32(B))
             kind += "Direct"
-        outputs, plan = host(kind, inputs, [1])
+        if packed:
+            inputs += [None, None]  # q_norm, k_norm
+        outputs, plan = host(kind, inputs, [1, bits(1e-6)] if packed else [1])
         assert outputs == written
         shape = self.PACKED if packed else self.SHAPE
         expected = emulator.module().kv_prewrite_tiling(
@@ -148,6 +150,36 @@ class TestKvCache:
             rotates=rotates, has_cache_len=direct or rotates, cores=CORES,
         )  # fmt: skip
         assert plan == (expected["cores"], False, 0, expected["data"])
+
+    @pytest.mark.parametrize("direct", [True, False])
+    def test_norms(self, host: Host, direct: bool) -> None:
+        written = [rows(B, K, W, HQ, D), WINDOW, WINDOW, *([CACHE, CACHE] if direct else [])]
+        operands = [rows(B, K, W, HQ + 2 * HK, D), floats(S + W, D), int32(B)]
+        lengths = [int32(B), int32(B)] if direct else []  # commit_len, status
+        inputs = [*written, *operands, *lengths, rows(D), rows(D)]
+        kind = "LopaQkvPrewriteDirect" if direct else "LopaQkvPrewrite"
+        outputs, plan = host(kind, inputs, [1, bits(1e-5)])
+        assert outputs == [*written, *lengths[1:]]
+        expected = emulator.module().kv_prewrite_tiling(
+            self.PACKED if direct else (*self.PACKED[:7], 0), 2, layer=1, positions=S + W,
+            rotates=True, has_cache_len=True, norm_eps=1e-5, cores=CORES,
+        )  # fmt: skip
+        assert plan == (expected["cores"], False, 0, expected["data"])
+        plain = host(kind, [*inputs[:-2], None, None], [1, bits(1e-5)])[1]
+        assert plain.data != plan.data
+
+        refused = [
+            (rows(D), None, 1e-5, "q_norm, k_norm: expected both or neither"),
+            (None, rows(D), 1e-5, "q_norm, k_norm: expected both or neither"),
+            (rows(D), rows(D + 16), 1e-5, "q_norm, k_norm: expected [head_dim]"),
+            (rows(1, D), rows(D), 1e-5, "q_norm, k_norm: expected [head_dim]"),
+            (rows(D), rows(D), 0.0, "norm_eps: expected above 0"),
+            (rows(D), rows(D), math.nan, "norm_eps: expected above 0"),
+        ]
+        for q_norm, k_norm, eps, message in refused:
+            done = host.run(kind, [*inputs[:-2], q_norm, k_norm], [1, bits(eps)])
+            assert done.returncode == 2
+            assert message in done.stderr
 
     def test_what_is_refused(self, host: Host) -> None:
         narrow = rows(L, B, K, W, HK, 24)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ascend import ascend  # noqa: F401
-from caches import DTYPES, Caches, int32, make_caches, make_rows
+from caches import DTYPES, Caches, int32, make_caches, make_rows, rotated
 
 from ascend_ops.emulator import kv_cache as emulated
 from lopa_kernels import Status
@@ -159,6 +159,118 @@ def test_nan_and_infinity_are_copied() -> None:
     case.check("kv_prewrite_", "k_window", "v_window", 0, rows.k, rows.v)
     lengths = int32(0, 4, 8), int32(5, 5, 5)
     case.check("kv_commit_", *Caches._fields, int32(0, 1, 0), *lengths, "status")
+
+
+#: of which the squares' halves are less than a repeat, one, more and no power of two
+NORM_SHAPES = {
+    **SHAPES,
+    "half of 40": (1, 2, 2, 3, 2, 4, 80, 8),
+    "half of 72": (1, 1, 2, 3, 1, 2, 144, 8),
+    "more heads than at once": (1, 1, 1, 3, 2, 70, 64, 8),
+}
+PACKED = ("q", "k_window", "v_window")
+DIRECT = (*PACKED, "k_cache", "v_cache")
+
+
+def norm_weights(head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(3)
+    q_norm, k_norm = (1 + torch.randn(2, head_dim, generator=g) / 4).to(dtype)
+    return q_norm, k_norm
+
+
+class TestNorms:
+    """RMSNorm of queries and keys ahead of the rotation."""
+
+    @over_dtypes
+    @pytest.mark.parametrize("shape", NORM_SHAPES.values(), ids=NORM_SHAPES)
+    def test_bits(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        case = Case(shape, dtype)
+        rows = case.rows
+        arguments = (shape[0] - 1, rows.qkv, rows.cos_sin, rows.cache_len)
+        norms = (*norm_weights(shape[6], dtype), 1e-5)
+        case.check("qkv_prewrite_", *PACKED, *arguments, *norms)
+        direct = (*DIRECT, *arguments, rows.commit_len, "status")
+        case.check("qkv_prewrite_direct_", *direct, *norms)
+
+    @pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
+    def test_against_doubles(self, head_dim: int) -> None:
+        shape = (1, 2, 2, 3, 2, 6, head_dim, 16)
+        case = Case(shape, torch.float32)
+        rows, eps = case.rows, 0.25
+        q_norm, k_norm = norm_weights(head_dim, torch.float32)
+        cache_len = int32(3, 7)
+        arguments = (*PACKED, 0, rows.qkv, rows.cos_sin, cache_len, q_norm, k_norm, eps)
+        got = case.run("qkv_prewrite_", emulated, arguments, {})
+        for x, weight, y in ((rows.q, q_norm, got["q"]), (rows.k, k_norm, got["k_window"][0])):
+            x = x.double()
+            x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+            expected = rotated(x, rows.cos_sin, cache_len)
+            torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=2e-6)
+        assert same(got["v_window"][0], rows.v)
+
+    def test_queries_and_keys_have_weights_of_their_own(self) -> None:
+        shape = SHAPES["grouped"]
+        case = Case(shape, torch.bfloat16)
+        rows, arguments = case.rows, (0, case.rows.qkv, case.rows.cos_sin, int32(1, 2, 3))
+        q_norm, k_norm = norm_weights(shape[6], torch.bfloat16)
+        first = case.run("qkv_prewrite_", emulated, (*PACKED, *arguments, q_norm, k_norm), {})
+        other = case.run("qkv_prewrite_", emulated, (*PACKED, *arguments, k_norm, k_norm), {})
+        assert not same(first["q"], other["q"])
+        assert same(first["k_window"], other["k_window"])
+        assert same(first["v_window"][0], rows.v)
+
+    def test_a_head_that_is_not_finite_keeps_to_itself(self) -> None:
+        shape = (1, 1, 1, 2, 1, 9, 64, 4)
+        case = Case(shape, torch.float32)
+        rows, norms = case.rows, norm_weights(64, torch.float32)
+        arguments = (*PACKED, 0, rows.qkv, rows.cos_sin, int32(0), *norms)
+        clean = case.run("qkv_prewrite_", emulated, arguments, {})
+        rows.q[0, 0, 0, 3, 5], rows.q[0, 0, 1, 8, 0], rows.q[0, 0, 1, 0] = math.nan, math.inf, 0
+        case.check("qkv_prewrite_", *PACKED, 0, rows.qkv, rows.cos_sin, int32(0), *norms, cores=1)
+        got = case.run("qkv_prewrite_", emulated, arguments, {})
+        assert got["q"][0, 0, 0, 3].isnan().all()
+        assert got["q"][0, 0, 1, 8].isnan().any()
+        assert (got["q"][0, 0, 1, 0] == 0).all()
+        left = torch.ones(2, 9, dtype=torch.bool)
+        left[0, 3] = left[1, 8] = left[1, 0] = False
+        assert same(got["q"][0, 0][left], clean["q"][0, 0][left])
+        assert same(got["k_window"], clean["k_window"])
+
+    @pytest.mark.parametrize("cores", CORES)
+    def test_bits_do_not_depend_on_the_cores(self, cores: int) -> None:
+        case = Case(DREAM, torch.bfloat16)
+        rows = case.rows
+        arguments = (*DIRECT, 1, rows.qkv, rows.cos_sin, int32(5), int32(16), "status")
+        norms = norm_weights(DREAM[6], torch.bfloat16)
+        case.check("qkv_prewrite_direct_", *arguments, *norms, cores=cores)
+
+    def test_a_sequence_that_is_dropped(self) -> None:
+        case = Case(SHAPES["grouped"], torch.float16)
+        rows, lengths = case.rows, (int32(-1, 20, 24), int32(2, 5, 0))
+        arguments = (*DIRECT, 1, rows.qkv, rows.cos_sin, *lengths, "status")
+        norms = norm_weights(case.shape[6], torch.float16)
+        case.check("qkv_prewrite_direct_", *arguments, *norms)
+        got = case.run("qkv_prewrite_direct_", emulated, (*arguments, *norms), {})
+        assert got["status"].tolist() == [int(Status.BAD_STATE), int(Status.CACHE_FULL), 0]
+        assert (got["q"][0] == 0).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_they_fit_beside_any_tile(self, dtype: torch.dtype) -> None:
+        """More columns and heads than fit: the launch is an error where memory is short."""
+        for head_dim in range(16, 257, 48):
+            shape = (1, 1, 1, 2, 1, 12288 // head_dim, head_dim, 4)
+            case = Case(shape, dtype)
+            rows, norms = case.rows, norm_weights(head_dim, dtype)
+            arguments = (*PACKED, 0, rows.qkv, rows.cos_sin, int32(0), *norms)
+            case.check("qkv_prewrite_", *arguments, cores=1)
+
+    @pytest.mark.parametrize("eps", [0.0, -1e-6, 1e-60, math.inf, math.nan])
+    def test_eps_that_is_refused(self, eps: float) -> None:
+        case = Case(SHAPES["one"], torch.float32)
+        rows, norms = case.rows, norm_weights(64, torch.float32)
+        arguments = (*PACKED, 0, rows.qkv, rows.cos_sin, int32(0), *norms, eps)
+        with pytest.raises(ValueError, match="norm_eps: expected above 0"):
+            case.run("qkv_prewrite_", emulated, arguments, {})
 
 
 class TestFaults:

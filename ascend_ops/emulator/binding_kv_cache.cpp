@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 
 #include "binding.h"
 #include "emulator/launch.h"
@@ -77,13 +78,19 @@ lopa::KvCacheShape checked(const lopa::KvCacheShape& shape, bool packed) {
 using Shape = std::array<uint64_t, 8>;
 
 lopa::KvCacheShape shape_of(const Shape& s, uint32_t element_bytes) {
-  return {s[0], s[1], s[2], s[3], s[7], s[4], s[5], s[6], element_bytes};
+  return {s[0], s[1], s[2], s[3], s[7], s[4], s[5], s[6], element_bytes, false};
 }
 
 py::dict prewrite_tiling(const Shape& shape, uint32_t element_bytes, uint32_t layer,
-                         uint32_t positions, bool rotates, bool has_cache_len, uint32_t cores) {
-  const lopa::KvCacheShape s = checked(shape_of(shape, element_bytes), shape[5] > 0);
+                         uint32_t positions, bool rotates, bool has_cache_len,
+                         std::optional<double> norm_eps, uint32_t cores) {
+  lopa::KvCacheShape s = checked(shape_of(shape, element_bytes), shape[5] > 0);
+  s.normalises = norm_eps.has_value();
   lopa::KvPrewriteTiling tiling{};
+  if (s.normalises) {
+    if (const char* reason = lopa::normRefusal(*norm_eps)) throw py::value_error(reason);
+    tiling.normEps = static_cast<float>(*norm_eps);
+  }
   py::dict result;
   result["cores"] = lopa::tilePrewrite(s, cores, lopa::kUsableUbBytes, tiling);
   tiling.layer = layer;
@@ -109,7 +116,7 @@ py::dict commit_tiling(const Shape& shape, uint32_t element_bytes, uint32_t core
 const ascend_emulator::Binding binding([](py::module_& m) {
   m.def("kv_prewrite_tiling", &prewrite_tiling, py::arg("shape"), py::arg("element_bytes"),
         py::kw_only(), py::arg("layer"), py::arg("positions"), py::arg("rotates"),
-        py::arg("has_cache_len"), py::arg("cores"));
+        py::arg("has_cache_len"), py::arg("norm_eps") = py::none(), py::arg("cores"));
   m.def("kv_commit_tiling", &commit_tiling, py::arg("shape"), py::arg("element_bytes"),
         py::kw_only(), py::arg("cores"));
 });

@@ -426,6 +426,23 @@ FAULT_KERNEL(fault_partial_overlap) {
   });
 }
 
+FAULT_KERNEL(fault_shared_memory) {
+  by_hand(s, [&](TPipe&, LocalTensor<float>& x, LocalTensor<float>& y) {
+    await_copy();
+    Adds(y, x, 1.0f, kCount);
+    Brcb(y, s.fault ? y[56] : x[56], 1, BrcbRepeatParams(1, 8));
+  });
+}
+
+// The first element is 0.
+FAULT_KERNEL(fault_square_root) {
+  by_hand(s, [&](TPipe&, LocalTensor<float>& x, LocalTensor<float>& y) {
+    await_copy();
+    Adds(y, x, s.fault ? 0.0f : 1.0f, kCount);
+    Sqrt(y, y, kCount);
+  });
+}
+
 FAULT_KERNEL(fault_unsupported) {
   by_hand(s, [&](TPipe&, LocalTensor<float>& x, LocalTensor<float>& y) {
     await_copy();

@@ -44,6 +44,7 @@ def _prewrite(
     layer: int,
     q_heads: int,
     cores: int,
+    norm_eps: float | None = None,
 ) -> Report:
     window, cos_sin = inputs["k_window"], inputs["cos_sin"]
     assert window is not None
@@ -56,6 +57,7 @@ def _prewrite(
         positions=0 if cos_sin is None else cos_sin.shape[0],
         rotates=cos_sin is not None,
         has_cache_len=inputs["cache_len"] is not None,
+        norm_eps=norm_eps,
         cores=cores,
     )
     kernel = f"lopa_{op}_{_TYPES[window.dtype]}"
@@ -125,6 +127,9 @@ def qkv_prewrite_(
     qkv: torch.Tensor,
     cos_sin: torch.Tensor,
     cache_len: torch.Tensor,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
     *,
     cores: int = 40,
 ) -> Report:
@@ -136,9 +141,12 @@ def qkv_prewrite_(
         "qkv": qkv.contiguous(),
         "cos_sin": cos_sin,
         "cache_len": cache_len,
+        "q_norm": q_norm,
+        "k_norm": k_norm,
     }
     written = ("q", "k_window", "v_window")
-    return _prewrite("qkv_prewrite", inputs, written, layer, q.shape[3], cores)
+    eps = None if q_norm is None else norm_eps
+    return _prewrite("qkv_prewrite", inputs, written, layer, q.shape[3], cores, eps)
 
 
 def qkv_prewrite_direct_(
@@ -153,6 +161,9 @@ def qkv_prewrite_direct_(
     cache_len: torch.Tensor,
     commit_len: torch.Tensor,
     status: torch.Tensor | None = None,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
     *,
     cores: int = 40,
 ) -> Report:
@@ -168,9 +179,12 @@ def qkv_prewrite_direct_(
         "cache_len": cache_len,
         "commit_len": commit_len,
         "status": status,
+        "q_norm": q_norm,
+        "k_norm": k_norm,
     }
     written = ("q", "k_window", "v_window", "k_cache", "v_cache", "status")
-    return _prewrite("qkv_prewrite_direct", inputs, written, layer, q.shape[3], cores)
+    eps = None if q_norm is None else norm_eps
+    return _prewrite("qkv_prewrite_direct", inputs, written, layer, q.shape[3], cores, eps)
 
 
 def kv_commit_(

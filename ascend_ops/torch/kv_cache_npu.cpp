@@ -23,15 +23,22 @@ class Npu : public NpuCall {
     if (packed) {
       const Operand q = written(op, "q", rows(s, p.q_out, s.q_heads));
       const Operand qkv = rows(s, p.q, s.q_heads + 2 * s.kv_heads);
+      const Operand q_norm = Operand::dense(p.norms.q, acl_type(s.type), {s.head_dim});
+      const Operand k_norm = Operand::dense(p.norms.k, acl_type(s.type), {s.head_dim});
+      if (p.norms.q != nullptr && !(p.norms.eps > 0)) {
+        fail(op, "norm_eps", "a number above 0 on an NPU", p.norms.eps);
+      }
       if (p.commit_len == nullptr) {
-        launch("aclnnLopaQkvPrewrite", q, k_window, v_window, qkv, cos_sin, cache_len, p.layer);
+        launch("aclnnLopaQkvPrewrite", q, k_window, v_window, qkv, cos_sin, cache_len, q_norm,
+               k_norm, p.layer, bits_of(p.norms.eps));
         return;
       }
       const Status words_out(*this, status, s.batch);
       launch("aclnnLopaQkvPrewriteDirect", q, k_window, v_window,
              written(op, "k_cache", cache(s, p.k_cache)),
              written(op, "v_cache", cache(s, p.v_cache)), qkv, cos_sin, cache_len,
-             words(p.commit_len, s), words_out.operand(), p.layer);
+             words(p.commit_len, s), words_out.operand(), q_norm, k_norm, p.layer,
+             bits_of(p.norms.eps));
       return;
     }
     const Operand k = rows(s, p.k, s.kv_heads);

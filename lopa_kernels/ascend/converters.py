@@ -368,12 +368,16 @@ def qkv_prewrite_(
     qkv: Tensor,
     cos_sin: Tensor,
     cache_len: Tensor,
+    q_norm: Tensor = None,
+    k_norm: Tensor = None,
+    norm_eps: float = 1e-6,
 ) -> None:
     inputs = {
         "q": q, "k_window": k_window, "v_window": v_window, "qkv": qkv, "cos_sin": cos_sin,
-        "cache_len": cache_len,
+        "cache_len": cache_len, "q_norm": q_norm, "k_norm": k_norm,
     }  # fmt: skip
-    _op("QkvPrewrite", inputs, ("q", "k_window", "v_window"), {"layer": ge.attr.Int(layer)})
+    attributes = {"layer": ge.attr.Int(layer), "norm_eps_bits": _bits(norm_eps)}
+    _op("QkvPrewrite", inputs, ("q", "k_window", "v_window"), attributes)
 
 
 @_converts("qkv_prewrite_direct_")
@@ -389,14 +393,18 @@ def qkv_prewrite_direct_(
     cache_len: Tensor,
     commit_len: Tensor,
     status: Tensor = None,
+    q_norm: Tensor = None,
+    k_norm: Tensor = None,
+    norm_eps: float = 1e-6,
 ) -> None:
     inputs = {
         "q": q, "k_window": k_window, "v_window": v_window, "k_cache": k_cache, "v_cache": v_cache,
         "qkv": qkv, "cos_sin": cos_sin, "cache_len": cache_len, "commit_len": commit_len,
-        "status": status,
+        "status": status, "q_norm": q_norm, "k_norm": k_norm,
     }  # fmt: skip
     outputs = ("q", "k_window", "v_window", "k_cache", "v_cache", "status")
-    _op("QkvPrewriteDirect", inputs, outputs, {"layer": ge.attr.Int(layer)})
+    attributes = {"layer": ge.attr.Int(layer), "norm_eps_bits": _bits(norm_eps)}
+    _op("QkvPrewriteDirect", inputs, outputs, attributes)
 
 
 @_converts("kv_commit_")

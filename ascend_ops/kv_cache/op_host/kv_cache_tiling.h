@@ -2,6 +2,7 @@
 // dependencies, so that tests on any machine call it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "../op_kernel/kv_cache_tiling_data.h"
@@ -36,6 +37,7 @@ struct KvCacheShape {
   uint64_t qHeads;  // 0 without queries
   uint64_t headDim;
   uint32_t elementBytes;
+  bool normalises = false;  // queries and keys, by q_norm and k_norm
 };
 
 inline uint64_t ceilDiv(uint64_t a, uint64_t b) { return b == 0 ? 0 : (a + b - 1) / b; }
@@ -68,7 +70,21 @@ inline uint64_t prewriteBytesPerElement(uint32_t elementBytes) {
   return 6 * elementBytes + 2 + (elementBytes < 4 ? 8 : 0);
 }
 
-// Fills `t` but for layer, positions, rotates and hasCacheLen; returns the cores to launch.
+// And what normalising takes, whatever the tile: both weights, and of the heads at once a scale and
+// a block each (head_norm.h).
+inline uint64_t normBytes(const KvCacheShape& s) {
+  if (!s.normalises) return 0;
+  return 2 * s.headDim * sizeof(float) + kNormHeads * (sizeof(float) + kBlockBytes);
+}
+
+// Sqrt of 0, which a head of zeros would be without it, is undefined.
+inline const char* normRefusal(double eps) {
+  const float rounded = static_cast<float>(eps);
+  return rounded > 0.0f && std::isfinite(rounded) ? nullptr : "norm_eps: expected above 0";
+}
+
+// Fills `t` but for layer, positions, rotates, hasCacheLen and normEps; returns the cores to
+// launch.
 inline uint32_t tilePrewrite(const KvCacheShape& s, uint32_t cores, uint64_t ubBytes,
                              KvPrewriteTiling& t) {
   t.batch = static_cast<uint32_t>(s.batch);
@@ -78,11 +94,13 @@ inline uint32_t tilePrewrite(const KvCacheShape& s, uint32_t cores, uint64_t ubB
   t.kvHeads = static_cast<uint32_t>(s.kvHeads);
   t.qHeads = static_cast<uint32_t>(s.qHeads);
   t.headDim = static_cast<uint32_t>(s.headDim);
+  t.normalises = s.normalises ? 1 : 0;
+  t.headDimAsFloat = static_cast<float>(s.headDim);
 
   const uint64_t heads = s.qHeads > s.kvHeads ? s.qHeads : s.kvHeads;
   const uint64_t head = s.headDim * prewriteBytesPerElement(s.elementBytes);
   const uint64_t angles = 2 * s.headDim * sizeof(float);
-  const uint64_t room = ubBytes - kLengthsBytes;
+  const uint64_t room = ubBytes - kLengthsBytes - normBytes(s);
   const uint64_t whole = heads <= kMaxTileHeads ? room / (heads * head + angles) : 0;
   const uint64_t slots = s.batch * s.branches;
   const uint64_t fair = ceilDiv(slots * s.window, cores);

@@ -1,6 +1,6 @@
 // Pre-Write: torch.ops.lopa.{kv_prewrite_, kv_prewrite_direct_, qkv_prewrite_,
 // qkv_prewrite_direct_}, operands in the order of their schemas (csrc/registration.cpp), attributes
-// last.
+// last. `norm_eps_bits` holds a double: GE's own attributes are fp32.
 #include "../../common/definition.h"
 
 namespace ops {
@@ -53,10 +53,13 @@ class LopaQkvPrewrite : public OpDef {
     addInput(*this, "qkv", REQUIRED, rowTypes());
     addInput(*this, "cos_sin", REQUIRED, always(ge::DT_FLOAT));
     addInput(*this, "cache_len", REQUIRED, always(ge::DT_INT32));
+    addInput(*this, "q_norm", OPTIONAL, rowTypes());
+    addInput(*this, "k_norm", OPTIONAL, rowTypes());
     addOutput(*this, "q", rowTypes());
     addOutput(*this, "k_window", rowTypes());
     addOutput(*this, "v_window", rowTypes());
     this->Attr("layer").AttrType(REQUIRED).Int();
+    this->Attr("norm_eps_bits").AttrType(REQUIRED).Int();
     addConfigs(*this);
   }
 };
@@ -74,6 +77,8 @@ class LopaQkvPrewriteDirect : public OpDef {
     addInput(*this, "cache_len", REQUIRED, always(ge::DT_INT32));
     addInput(*this, "commit_len", REQUIRED, always(ge::DT_INT32));
     addInput(*this, "status", REQUIRED, always(ge::DT_INT32));
+    addInput(*this, "q_norm", OPTIONAL, rowTypes());
+    addInput(*this, "k_norm", OPTIONAL, rowTypes());
     addOutput(*this, "q", rowTypes());
     addOutput(*this, "k_window", rowTypes());
     addOutput(*this, "v_window", rowTypes());
@@ -81,6 +86,7 @@ class LopaQkvPrewriteDirect : public OpDef {
     addOutput(*this, "v_cache", rowTypes());
     addOutput(*this, "status", always(ge::DT_INT32));
     this->Attr("layer").AttrType(REQUIRED).Int();
+    this->Attr("norm_eps_bits").AttrType(REQUIRED).Int();
     addConfigs(*this);
   }
 };

@@ -12,6 +12,7 @@ struct Inputs {
   size_t cacheLen;
   size_t kCache;  // kNone: not the single-phase form
   size_t q;       // kNone: k and v are not packed
+  size_t qNorm;   // and k_norm after it
 };
 
 constexpr size_t kNone = SIZE_MAX;
@@ -45,6 +46,24 @@ ge::graphStatus tile(gert::TilingContext* context, const Inputs& inputs) {
   if (cosSin != nullptr && !hasCacheLen) {
     return refuse(context, "cache_len: expected a tensor, since cos_sin is given");
   }
+  if (packed) {
+    const gert::Shape* qNorm = shapeOf(context, inputs.qNorm);
+    const gert::Shape* kNorm = shapeOf(context, inputs.qNorm + 1);
+    if ((qNorm == nullptr) != (kNorm == nullptr)) {
+      return refuse(context, "q_norm, k_norm: expected both or neither");
+    }
+    shape.normalises = qNorm != nullptr;
+    const int64_t headDim = static_cast<int64_t>(shape.headDim);
+    if (shape.normalises && (!hasShape(qNorm, {headDim}) || !hasShape(kNorm, {headDim}))) {
+      return refuse(context, "q_norm, k_norm: expected [head_dim]");
+    }
+    constexpr size_t kNormEps = 1;
+    const double eps = Attributes(context).wide(kNormEps);
+    if (shape.normalises) {
+      if (const char* reason = lopa::normRefusal(eps)) return refuse(context, reason);
+      data->normEps = static_cast<float>(eps);
+    }
+  }
   const Cores cores = vectorCores(context);
   const uint32_t launched = lopa::tilePrewrite(shape, cores.count, cores.ubBytes, *data);
   data->layer = static_cast<uint32_t>(*layer);
@@ -56,16 +75,16 @@ ge::graphStatus tile(gert::TilingContext* context, const Inputs& inputs) {
 }
 
 ge::graphStatus prewrite(gert::TilingContext* context) {
-  return tile(context, {0, 2, 4, 5, kNone, kNone});
+  return tile(context, {0, 2, 4, 5, kNone, kNone, kNone});
 }
 ge::graphStatus prewriteDirect(gert::TilingContext* context) {
-  return tile(context, {0, 4, 8, 6, 2, kNone});
+  return tile(context, {0, 4, 8, 6, 2, kNone, kNone});
 }
 ge::graphStatus packedPrewrite(gert::TilingContext* context) {
-  return tile(context, {1, 3, 4, 5, kNone, 0});
+  return tile(context, {1, 3, 4, 5, kNone, 0, 6});
 }
 ge::graphStatus packedPrewriteDirect(gert::TilingContext* context) {
-  return tile(context, {1, 5, 6, 7, 3, 0});
+  return tile(context, {1, 5, 6, 7, 3, 0, 10});
 }
 
 }  // namespace

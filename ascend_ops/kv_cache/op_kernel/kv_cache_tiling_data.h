@@ -5,6 +5,9 @@
 
 namespace lopa {
 
+// Heads that are normalised at once: the scales of as many are a repeat of one instruction.
+constexpr uint32_t kNormHeads = 64;
+
 struct KvPrewriteTiling {
   uint32_t batch;
   uint32_t branches;
@@ -19,6 +22,9 @@ struct KvPrewriteTiling {
   uint32_t hasCacheLen;  // 1: cache_len is there
   uint32_t tileColumns;  // of one piece of work
   uint32_t tileHeads;    // in unified buffer at a time
+  uint32_t normalises;   // 1: q_norm and k_norm are there
+  float normEps;
+  float headDimAsFloat;
 };
 
 struct KvCommitTiling {

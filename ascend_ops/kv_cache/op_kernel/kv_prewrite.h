@@ -1,10 +1,12 @@
 // Pre-Write: a layer's new keys and values go to the branches' windows, and in the single-phase
-// protocol those of branch 0 to the cache too; rotary embedding of queries and keys on the way.
+// protocol those of branch 0 to the cache too; RMSNorm and rotary embedding of queries and keys on
+// the way.
 //
 // A piece of work is some columns of one branch. Queries, keys and values of it are streams, which
 // go through unified buffer as tiles of [columns, heads, head_dim].
 #pragma once
 
+#include "head_norm.h"
 #include "kernel_operator.h"
 #include "kv_cache_common.h"
 #include "rotary.h"
@@ -25,6 +27,8 @@ struct KvPrewriteOperands {
   GM_ADDR cacheLen;
   GM_ADDR commitLen;
   GM_ADDR status;
+  GM_ADDR qNorm;
+  GM_ADDR kNorm;
 };
 
 template <typename T, bool kPacked, bool kDirect>
@@ -54,6 +58,12 @@ class KvPrewrite {
     if constexpr (sizeof(T) < sizeof(float)) {
       pipe->InitBuffer(wide_, tile * sizeof(float));
       pipe->InitBuffer(turned_, tile * sizeof(float));
+    }
+    if constexpr (kPacked) {
+      if (t_.normalises == 0) return;
+      norm_.Init(pipe, t_);
+      LoadWeight(HeadNorm::kQueries, operands.qNorm);
+      LoadWeight(HeadNorm::kKeys, operands.kNorm);
     }
   }
 
@@ -91,6 +101,7 @@ class KvPrewrite {
     uint64_t fromPitch;  // of columns
     uint64_t toOffset;   // of the layer
     uint32_t heads;
+    HeadNorm::Weight weight;
     bool rotates;
     bool cached;
   };
@@ -117,6 +128,8 @@ class KvPrewrite {
     k_.toOffset = v_.toOffset = t_.layer * columns * row;
     q_.rotates = k_.rotates = t_.rotates != 0;
     v_.rotates = false;
+    q_.weight = HeadNorm::kQueries;
+    k_.weight = HeadNorm::kKeys;
     q_.cached = false;
     k_.cached = v_.cached = kDirect;
     if constexpr (kDirect) {
@@ -132,6 +145,17 @@ class KvPrewrite {
                                 columns == 0 ? 0 : columns * pitch - offset);
     stream.fromPitch = pitch;
     stream.heads = heads;
+  }
+
+  __aicore__ inline void LoadWeight(HeadNorm::Weight which, GM_ADDR data) {
+    AscendC::GlobalTensor<T> from;
+    from.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(data), t_.headDim);
+    AscendC::LocalTensor<T> weight = arriving_.template AllocTensor<T>();
+    AscendC::DataCopy(weight, from, t_.headDim);
+    arriving_.EnQue(weight);
+    weight = arriving_.template DeQue<T>();
+    norm_.Set(which, weight);
+    arriving_.FreeTensor(weight);
   }
 
   __aicore__ inline int32_t Fault(int32_t cacheLen, int32_t commitLen) {
@@ -199,7 +223,7 @@ class KvPrewrite {
       AscendC::LocalTensor<T> tile;
       if (stream.rotates) {
         Load(arriving_, from, columns, part, stream.fromPitch);
-        Rotate(columns, heads, angles);
+        Rotate(columns, heads, angles, stream.weight);
         tile = leaving_.template DeQue<T>();
       } else {
         Load(copies_, from, columns, part, stream.fromPitch);
@@ -238,9 +262,9 @@ class KvPrewrite {
     AscendC::DataCopy(to, tile, shape);
   }
 
-  // The tile that arrived leaves rotated.
+  // The tile that arrived leaves normalised, where there are norms, and rotated.
   __aicore__ inline void Rotate(uint32_t columns, uint32_t heads,
-                                AscendC::LocalTensor<float>& angles) {
+                                AscendC::LocalTensor<float>& angles, HeadNorm::Weight weight) {
     AscendC::LocalTensor<T> in = arriving_.template DeQue<T>();
     AscendC::LocalTensor<T> out = leaving_.template AllocTensor<T>();
     AscendC::LocalTensor<float> product = product_.template Get<float>();
@@ -250,14 +274,24 @@ class KvPrewrite {
       AscendC::LocalTensor<float> y = turned_.template Get<float>();
       AscendC::Cast(x, in, AscendC::RoundMode::CAST_NONE, count);
       AscendC::PipeBarrier<PIPE_V>();
+      Normalise(x, y, columns * heads, weight);
       RotateHalves(y, x, angles, product, columns, heads, t_.headDim);
       AscendC::Cast(out, y, AscendC::RoundMode::CAST_RINT, count);
       AscendC::PipeBarrier<PIPE_V>();
     } else {
+      Normalise(in, out, columns * heads, weight);
       RotateHalves(out, in, angles, product, columns, heads, t_.headDim);
     }
     arriving_.FreeTensor(in);
     leaving_.EnQue(out);
+  }
+
+  __aicore__ inline void Normalise(AscendC::LocalTensor<float>& x,
+                                   AscendC::LocalTensor<float>& scratch, uint32_t heads,
+                                   HeadNorm::Weight weight) {
+    if constexpr (kPacked) {
+      if (t_.normalises != 0) norm_.Apply(x, scratch, heads, weight);
+    }
   }
 
   // The queries of a sequence that is dropped are 0.
@@ -311,6 +345,7 @@ class KvPrewrite {
   AscendC::TBuf<AscendC::TPosition::VECCALC> product_;
   AscendC::TBuf<AscendC::TPosition::VECCALC> wide_;
   AscendC::TBuf<AscendC::TPosition::VECCALC> turned_;
+  HeadNorm norm_;
   // Of the sequence at hand.
   int32_t cacheLen_;
   int32_t fault_;

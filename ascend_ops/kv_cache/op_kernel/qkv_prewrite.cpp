@@ -3,7 +3,8 @@
 // What is written in place is named twice: as an input, and as the output of the same name.
 extern "C" __global__ __aicore__ void lopa_qkv_prewrite(
     GM_ADDR q, GM_ADDR k_window, GM_ADDR v_window, GM_ADDR qkv, GM_ADDR cos_sin, GM_ADDR cache_len,
-    GM_ADDR q_out, GM_ADDR k_window_out, GM_ADDR v_window_out, GM_ADDR workspace, GM_ADDR tiling) {
+    GM_ADDR q_norm, GM_ADDR k_norm, GM_ADDR q_out, GM_ADDR k_window_out, GM_ADDR v_window_out,
+    GM_ADDR workspace, GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   REGISTER_TILING_DEFAULT(lopa::KvPrewriteTiling);
   GET_TILING_DATA(data, tiling);
@@ -15,6 +16,8 @@ extern "C" __global__ __aicore__ void lopa_qkv_prewrite(
   operands.qkv = qkv;
   operands.cosSin = cos_sin;
   operands.cacheLen = cache_len;
+  operands.qNorm = q_norm;
+  operands.kNorm = k_norm;
   lopa::KvPrewrite<DTYPE_K_WINDOW, true, false> op;
   op.Init(&pipe, data, operands);
   op.Process();

@@ -24,6 +24,12 @@ from ascend_definitions import Definition, load  # noqa: E402
 
 from lopa_kernels.ascend import register_converters  # noqa: E402
 
+#: operators of torch.ops.lopa that NPUs have not: a word about the CPU, and the training loss
+ELSEWHERE = {
+    "cpu_isa", "certainty_forcing_loss", "certainty_forcing_loss_backward",
+    "certainty_forcing_loss_backward_",
+}  # fmt: skip
+
 
 class Taken(Exception):
     """A graph was converted; nothing is compiled or run."""

@@ -90,6 +90,12 @@ T smaller(T a, T b) {
   }
 }
 
+// Of what is not positive the result is unknown (Sqrt, constraints).
+inline float root(float x) {
+  if (x <= 0) fail("domain", "Sqrt: %g is not positive", x);
+  return std::sqrt(x);
+}
+
 }  // namespace ascend_emulator
 
 #define ASCEND_EMULATOR_UNARY(Name, expression, ...)                                              \
@@ -171,7 +177,7 @@ ASCEND_EMULATOR_UNARY(Exp, T(std::exp(float(x))), half, float)
 ASCEND_EMULATOR_UNARY(Ln, T(std::log(float(x))), half, float)
 ASCEND_EMULATOR_UNARY(Abs, T(std::fabs(float(x))), half, float)
 ASCEND_EMULATOR_UNARY(Reciprocal, T(1.0f / float(x)), half, float)
-ASCEND_EMULATOR_UNARY(Sqrt, T(std::sqrt(float(x))), half, float)
+ASCEND_EMULATOR_UNARY(Sqrt, T(ascend_emulator::root(float(x))), half, float)
 ASCEND_EMULATOR_UNARY(Not, T(~x), int16_t, uint16_t)
 
 ASCEND_EMULATOR_BINARY(Add, T(a + b), half, float, int16_t, int32_t)
@@ -263,8 +269,17 @@ void Brcb(const LocalTensor<T>& dst, const LocalTensor<T>& src,
   using namespace ascend_emulator;
   static_assert(sizeof(T) == 2 || sizeof(T) == 4, "Brcb: this type");
   constexpr int kPerBlock = kBlock / sizeof(T);
-  const T* x = source("Brcb", "src", src, uint64_t{8} * repeatTime);
-  std::vector<T> values(x, x + 8 * repeatTime);
+  const uint64_t count = uint64_t{8} * repeatTime;
+  check_count("Brcb", static_cast<int64_t>(count));
+  if (repeatParams.dstBlkStride == 0) fail("repeat", "Brcb: dstBlkStride is 0");
+  const T* x = source("Brcb", "src", src, count);
+  const Place &from = src.place(), &into = dst.place();
+  const uint64_t bytes = kBlock * (uint64_t{repeatParams.dstRepStride} * (repeatTime - 1) +
+                                   7 * repeatParams.dstBlkStride + 1);
+  if (from.address < into.address + bytes && into.address < from.address + count * sizeof(T)) {
+    fail("overlap", "Brcb: dst and src share memory");
+  }
+  std::vector<T> values(x, x + count);
   const Repeats shape{prefix_mask("Brcb", 8 * kPerBlock, kLanes<T>), 8 * kPerBlock, repeatTime};
   const Strides to{repeatParams.dstBlkStride, repeatParams.dstRepStride};
   uint8_t* y = destination("Brcb", dst, shape, to);
