@@ -73,12 +73,7 @@ def test_fault_is_caught(ascend: ModuleType, name: str) -> None:
 
 def test_every_faulty_kernel_is_tested(ascend: ModuleType) -> None:
     names = {name for name in ascend.kernels() if name.startswith("fault_")}
-    assert names >= FAULTS.keys()
-    assert names <= FAULTS.keys() | CUBE_FAULTS
-
-
-#: those of the cube unit's and the cross-core flags' checks, in their own file
-CUBE_FAULTS: set[str] = set()
+    assert names == FAULTS.keys()
 
 
 @pytest.mark.parametrize(
