@@ -3,8 +3,8 @@
 Random weights. The round is one graph over a state that stays as it is, so that every replay does
 the same work: all branches live, the first block complete and to be committed, the others open. The
 matrix products alone, its floor, are a graph over the same buffers, whose bursts alternate with
-those of the round. Step, commit and the time between rounds are read from events within a round's
-graph; the model's other parts are timed alone.
+those of the round. Step, commit and the time between rounds are read from the profiler's record of
+that graph; the model's other parts are timed alone.
 
 Under torchrun the branches are spread over the ranks, one process a device, and each transport's
 round is measured beside that of one device:
@@ -32,11 +32,9 @@ from bench.round_parts import (
     OUTSIDE,
     PARTS,
     Clock,
-    Marks,
     Shape,
     bars,
     check,
-    marked_round,
     parts,
     products,
     steady_state,
@@ -60,7 +58,7 @@ SCHEMA = 4
 METHOD = {
     "cpu": "wall time of eager calls; skipped on a CPU: graphs, and their check",
     "cuda": "replays of CUDA graphs by events, in bursts that alternate between the round and its "
-    "products; step, commit and idle by events within the round's graph; a replayed round equals "
+    "products; step, commit and idle by the profiler's record of replays; a replayed round equals "
     "an eager one exactly",
 }
 
@@ -122,15 +120,12 @@ def measure(
         "products": clock.ready(products(runner, head_rows)),
     }
     step = check(runner, shape.prefix, alternating["round"])
-    marks = Marks(runner.device)
-    marked = clock.ready(marked_round(runner, state, head_rows, marks))
-    check(runner, shape.prefix, marked)
     whole = clock.medians(alternating)
     split = {
         part: clock.medians({part: clock.ready(call)})[part]
         for part, call in parts(runner, state, head_rows).items()
     }
-    split |= clock.outside(marked, marks)
+    split |= clock.outside(runner, state, head_rows)
     split["rest"] = whole["round"] - whole["products"] - sum(split.values())
     times = RoundTimes(
         model=name, branches=shape.branches, window=shape.window, prefix=shape.prefix,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import lopa_kernels as lk
-from bench import cuda_runner
+from bench import cuda_runner, timeline
 from examples.dream.config import ModelConfig
 from examples.dream.fused import add_rms_norm, swiglu
 from examples.dream.model import DiffusionLM
@@ -28,9 +28,6 @@ OUTSIDE = ("step", "commit", "idle")
 
 #: bursts of each call that is timed
 TURNS = 3
-
-#: replays in a burst whose last one is read by its marks
-MARKED = 3
 
 
 @dataclass(frozen=True)
@@ -204,27 +201,17 @@ def model_pass(runner: Runner, state: lk.LopaState, head_rows: int) -> Callable[
 
 
 class Marks:
-    """Places in a call, and when its last run came by: events in its graph, or the wall's clock."""
+    """Places in a call, and when its last run came by, by the wall's clock."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._gpu = device.type == "cuda"
-        self._events: dict[str, torch.cuda.Event] = {}
-        self._walls: dict[str, float] = {}
+    def __init__(self) -> None:
+        self._times: dict[str, float] = {}
 
     def __call__(self, place: str) -> None:
-        if not self._gpu:
-            self._walls[place] = time.perf_counter()
-            return
-        if place not in self._events:
-            # External: a node of the graph that is captured, so that every replay records it.
-            self._events[place] = torch.cuda.Event(enable_timing=True, external=True)
-        self._events[place].record()
+        self._times[place] = time.perf_counter()
 
     def seconds(self, start: str, end: str) -> float:
         """Between two places of the last run, which has ended."""
-        if self._gpu:
-            return self._events[start].elapsed_time(self._events[end]) * 1e-3
-        return self._walls[end] - self._walls[start]
+        return self._times[end] - self._times[start]
 
 
 def marked_round(
@@ -299,15 +286,22 @@ class Clock:
             taken.append(time.perf_counter() - start)
         return taken
 
-    def outside(self, call: Callable[[], object], marks: Marks) -> dict[str, float]:
-        """Microseconds of OUTSIDE in :func:`marked_round`, made ready; medians.
+    def outside(self, runner: Runner, state: lk.LopaState, head_rows: int) -> dict[str, float]:
+        """Microseconds of OUTSIDE in a round, medians; of a replay of its graph on a GPU.
 
-        The marks tell of the last replay of a burst alone, so that there are many short ones.
-        "idle" is from the end of a replay to the start of the next.
+        On a CPU "idle" is what the clock itself takes.
         """
+        repeats = TURNS * self.replays
+        if self.gpu is not None:
+            window = runner.config.window
+            assert window is not None
+            replay = self.ready(lambda: runner._decode_round(window, 1))
+            return timeline.outside(timeline.record(replay, repeats))
+        marks = Marks()
+        call = marked_round(runner, state, head_rows, marks)
         taken: dict[str, list[float]] = {name: [] for name in OUTSIDE}
-        for _ in range(TURNS * self.replays):
-            whole = self._burst(call, MARKED)[-1]
+        for _ in range(repeats):
+            whole = self._burst(call, 1)[0]
             taken["step"].append(marks.seconds("start", "rows") + marks.seconds("logits", "step"))
             taken["commit"].append(marks.seconds("step", "end"))
             taken["idle"].append(whole - marks.seconds("start", "end"))

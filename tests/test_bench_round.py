@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 import lopa_kernels as lk
 from bench import round as bench_round
-from bench import round_parts
+from bench import round_parts, timeline
 from examples.dream.model import random_weights
 from examples.dream.round import Runner
 
@@ -108,20 +109,52 @@ def test_a_marked_round_is_the_round() -> None:
 
 
 def test_outside_is_read_from_the_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, marks = round_parts.Clock(torch.device("cpu"), 1), round_parts.Marks(torch.device("cpu"))
+    clock, (runner, state) = round_parts.Clock(torch.device("cpu"), 1), steady("small-dream")
     times = {"start": 1.0, "rows": 1.25, "logits": 4.0, "step": 4.5, "end": 4.625}
+
+    def marked(*inputs: Any) -> Callable[[], None]:
+        def call() -> None:
+            for place, now in times.items():
+                monkeypatch.setattr(round_parts.time, "perf_counter", lambda now=now: now)
+                inputs[-1](place)
+
+        return call
 
     def burst(call: Callable[[], object], replays: int) -> list[float]:
         call()
-        return [9.0, 9.0, 4.0]
+        return [4.0]
 
-    def call() -> None:
-        for place, now in times.items():
-            monkeypatch.setattr(round_parts.time, "perf_counter", lambda now=now: now)
-            marks(place)
-
+    monkeypatch.setattr(round_parts, "marked_round", marked)
     monkeypatch.setattr(clock, "_burst", burst)
-    assert clock.outside(call, marks) == {"step": 0.75e6, "commit": 0.125e6, "idle": 0.375e6}
+    expected = {"step": 0.75e6, "commit": 0.125e6, "idle": 0.375e6}
+    assert clock.outside(runner, state, SHAPE.head_rows(3)) == expected
+
+
+def a_round(at: float) -> list[timeline.Kernel]:
+    """Kernels as a GPU runs them, each launched while the one before it still runs."""
+    return [
+        timeline.Kernel("lopa::step::rows_kernel(lopa::step::RowsArgs)", at, at + 4),
+        timeline.Kernel("nvjet_product", at + 3, at + 900),
+        timeline.Kernel("lopa::attention::attention_sm90_kernel", at + 899, at + 950),
+        timeline.Kernel("nvjet_product", at + 951, at + 1000),
+        timeline.Kernel("lopa::step::rows_kernel(lopa::step::RowsArgs)", at + 1000, at + 1005),
+        timeline.Kernel("void lopa::confidence::vocabulary_pass_kernel<T>", at + 1001, at + 1020),
+        timeline.Kernel("void lopa::step::finish_kernel<Merge>", at + 1006, at + 1030),
+        timeline.Kernel("void lopa::kv_cache::kv_commit_kernel<Copy>", at + 1021, at + 1033),
+    ]
+
+
+def test_outside_is_read_from_the_record_of_kernels() -> None:
+    # The last round's end is not known.
+    kernels = [kernel for at in (0.0, 1035.0, 2070.0) for kernel in a_round(at)]
+    assert timeline.outside(kernels) == {"step": 34.0, "commit": 3.0, "idle": 2.0}
+
+
+@pytest.mark.parametrize("missing", ["rows_kernel", "kv_commit", "step|confidence"])
+def test_a_record_without_rounds_is_an_error(missing: str) -> None:
+    kernels = [kernel for at in (0.0, 1035.0) for kernel in a_round(at)]
+    with pytest.raises(RuntimeError, match="no round's step and commit"):
+        timeline.outside([kernel for kernel in kernels if not re.search(missing, kernel.name)])
 
 
 def multiplied(call: Callable[[], object]) -> list[tuple[torch.Size, torch.Size]]:

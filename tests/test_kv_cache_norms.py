@@ -119,6 +119,23 @@ def test_is_the_reference_bit_for_bit(
     assert results[0][1].same(results[1][1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@over(KERNELS)
+def test_more_rows_than_threads_are_resident(dtype: torch.dtype, target: Target) -> None:
+    """A thread of a GPU then has several rows, whose number does not divide the heads here."""
+    if target.interpreted:
+        pytest.skip("too long for Triton's interpreter")
+    shape = (1, 4, 8, 128, 3, 5, 128, 130)
+    results = []
+    for where in (target, REFERENCE):
+        rows = moved(make_rows(shape, dtype), where.device)
+        caches = moved(make_caches(shape, dtype), where.device)
+        q = run(where, caches, 0, rows, Norms(*where.to(make_norms(shape[6], dtype))), direct=True)
+        results.append((q, caches))
+    assert equal_bits(results[0][0], results[1][0])
+    assert results[0][1].same(results[1][1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [2, 12, 80, 128, 320])
 @over(KERNELS)

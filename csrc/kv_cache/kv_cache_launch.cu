@@ -5,8 +5,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "kv_cache/kv_cache_kernel.cuh"
+#include "kv_cache/commit_kernel.cuh"
 #include "kv_cache/kv_cache_launch.h"
+#include "kv_cache/prewrite_kernel.cuh"
 #include "lopa/cuda.h"
 
 namespace lopa {
@@ -15,8 +16,10 @@ namespace {
 using namespace kv_cache;
 
 constexpr int64_t kMaxGridY = 65535;
-// Blocks of a multiprocessor in a Pre-Write, whose threads mostly have one turn.
-constexpr int64_t kPrewriteBlocks = 8;
+// Rows of a thread where norms have more of them than threads are resident: their divisions and
+// roots are shared. Without norms one row a thread is faster at all sizes.
+constexpr int kNormedRows = 2;
+constexpr int64_t kNormedThreads = 1024;  // resident on a multiprocessor, of one row each
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -73,21 +76,6 @@ Divisor checked_divisor(const char* what, int64_t value) {
   return make_divisor(narrow(what, std::max<int64_t>(value, 1)));
 }
 
-Walk make_walk(int64_t rows, int64_t pieces, int64_t parts) {
-  Walk walk{checked_divisor("heads", rows), checked_divisor("head_dim", pieces), {}};
-  const int64_t vectors = parts * kThreads;
-  const int64_t step = vectors / walk.pieces.value;
-  walk.step = {static_cast<uint32_t>(step / walk.rows.value),
-               static_cast<uint32_t>(step % walk.rows.value),
-               static_cast<uint32_t>(vectors % walk.pieces.value)};
-  return walk;
-}
-
-// The blocks that share `vectors`, at most one a kThreads of them and at least one.
-int64_t parts_of(int64_t vectors, int64_t most) {
-  return std::clamp<int64_t>(ceil_div(vectors, kThreads), 1, std::max<int64_t>(most, 1));
-}
-
 CommitSide make_side(const KvWindowView& window, const KvCacheView& cache, int64_t element) {
   CommitSide side{};
   side.window = static_cast<const char*>(window.data);
@@ -101,7 +89,7 @@ CommitSide make_side(const KvWindowView& window, const KvCacheView& cache, int64
 // and all blocks are resident. Beyond one block a multiprocessor, all have as many.
 template <typename Copy>
 void commit(CommitArgs args, int64_t vectors, cudaStream_t stream) {
-  constexpr int64_t kWarps = kThreads / 32;
+  constexpr int64_t kWarps = kCommitThreads / 32;
   const int64_t units = std::max<int64_t>(args.units, 1);
   const int64_t chunks = int64_t{args.batch} * ceil_div(vectors, Copy::kChunk);
   const int64_t processors = multiprocessors();
@@ -112,8 +100,8 @@ void commit(CommitArgs args, int64_t vectors, cudaStream_t stream) {
   args.at_once = checked_divisor("layers * heads", std::min(units, warps));
   args.parts = static_cast<uint32_t>(warps / args.at_once.value);
   const auto kernel = args.batch > 1 ? kv_commit_kernel<Copy, true> : kv_commit_kernel<Copy, false>;
-  launch("kv_commit_", kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, true,
-         args);
+  launch("kv_commit_", kernel, dim3(static_cast<unsigned>(blocks)), dim3(kCommitThreads), 0, stream,
+         true, args);
 }
 
 template <typename Vector>
@@ -123,26 +111,36 @@ void commit(bool contiguous, const CommitArgs& args, int64_t vectors, cudaStream
 }
 
 template <typename T, int N>
-void prewrite(const NormedPrewriteArgs& args, dim3 grid, cudaStream_t stream) {
+void prewrite(int rows, const NormedPrewriteArgs& args, dim3 grid, cudaStream_t stream) {
+  auto run = [&](const char* name, auto kernel, const auto& own) {
+    launch(name, kernel, grid, dim3(kPrewriteThreads), 0, stream, true, own);
+  };
   if (args.norms.q != nullptr) {
-    launch("qkv_prewrite_", kv_prewrite_kernel<T, N, true, NormedPrewriteArgs>, grid,
-           dim3(kThreads), 0, stream, true, args);
-    return;
+    // Narrow vectors are rare, and have one version.
+    if constexpr (N * sizeof(T) == 16) {
+      if (rows == kNormedRows) {
+        return run("qkv_prewrite_", kv_prewrite_kernel<T, N, kNormedRows, true, NormedPrewriteArgs>,
+                   args);
+      }
+    }
+    return run("qkv_prewrite_", kv_prewrite_kernel<T, N, 1, true, NormedPrewriteArgs>, args);
   }
-  auto kernel = args.params.cos_sin != nullptr ? kv_prewrite_kernel<T, N, true, PrewriteArgs>
-                                               : kv_prewrite_kernel<T, N, false, PrewriteArgs>;
-  launch("kv_prewrite_", kernel, grid, dim3(kThreads), 0, stream, true,
-         static_cast<const PrewriteArgs&>(args));
+  const PrewriteArgs& plain = args;
+  if (args.params.cos_sin != nullptr) {
+    return run("kv_prewrite_", kv_prewrite_kernel<T, N, 1, true, PrewriteArgs>, plain);
+  }
+  run("kv_prewrite_", kv_prewrite_kernel<T, N, 1, false, PrewriteArgs>, plain);
 }
 
 template <typename T>
-void prewrite(int64_t elements, const NormedPrewriteArgs& args, dim3 grid, cudaStream_t stream) {
+void prewrite(int64_t elements, int rows, const NormedPrewriteArgs& args, dim3 grid,
+              cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    if (elements == 8) return prewrite<T, 8>(args, grid, stream);
+    if (elements == 8) return prewrite<T, 8>(rows, args, grid, stream);
   }
-  if (elements == 4) return prewrite<T, 4>(args, grid, stream);
-  if (elements == 2) return prewrite<T, 2>(args, grid, stream);
-  prewrite<T, 1>(args, grid, stream);
+  if (elements == 4) return prewrite<T, 4>(rows, args, grid, stream);
+  if (elements == 2) return prewrite<T, 2>(rows, args, grid, stream);
+  prewrite<T, 1>(rows, args, grid, stream);
 }
 
 // How many neighbouring elements one access takes.
@@ -184,33 +182,47 @@ void launch_kv_prewrite(const KvPrewriteParams& params, int32_t* status, int64_t
                         cudaStream_t stream) {
   const KvSizes& s = params.sizes;
   const int64_t elements = prewrite_elements(params);
-  const int64_t rows = s.q_heads + 2 * s.kv_heads;
   const int64_t pieces = s.head_dim / elements / (params.cos_sin != nullptr ? 2 : 1);
   // The threads of a row: with norms they exchange sums, pair by pair.
   const int64_t lanes = params.norms.q == nullptr || pieces == 0
                             ? pieces
                             : static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(pieces)));
-  const int64_t vectors = s.branches > 0 ? s.window * rows * lanes : 0;
-  if (s.batch == 0 || (vectors == 0 && status == nullptr)) return;
   NormedPrewriteArgs args{};
   args.params = params;
   args.norms = params.norms;
   args.pieces = narrow("head_dim", pieces);
   args.status = {status, status_stride};
-  args.columns = vectors > 0 ? narrow("window", s.window) : 0;
   args.branches = checked_divisor("branches", s.branches);
   const int64_t slots = s.batch * args.branches.value;
   args.slots = narrow("batch * branches", slots);
-  const int64_t parts = parts_of(vectors, ceil_div(kPrewriteBlocks * multiprocessors(), slots));
-  args.walk = make_walk(rows, lanes, parts);
+  args.lanes = checked_divisor("head_dim", lanes);
+
+  int rows = 1;
+  int64_t vectors = 0;  // of a slot
+  auto group = [&](int rows_of_thread) {
+    rows = rows_of_thread;
+    args.q_groups = narrow("heads", ceil_div(s.q_heads, rows));
+    args.kv_groups = narrow("heads", ceil_div(s.kv_heads, rows));
+    const int64_t groups = int64_t{args.q_groups} + 2 * int64_t{args.kv_groups};
+    args.groups = checked_divisor("heads", groups);
+    vectors = s.branches > 0 ? s.window * groups * lanes : 0;
+  };
+  group(1);
+  const bool shares = params.norms.q != nullptr && elements * element_size(s.type) == 16 &&
+                      lanes >= kNormedRows && lanes <= 32;
+  if (shares && slots * vectors > kNormedThreads * multiprocessors()) group(kNormedRows);
+  if (s.batch == 0 || (vectors == 0 && status == nullptr)) return;
+  args.columns = vectors > 0 ? narrow("window", s.window) : 0;
+  const int64_t parts = std::max<int64_t>(ceil_div(vectors, kPrewriteThreads), 1);
+  narrow("window * heads * head_dim", parts * kPrewriteThreads);
   const dim3 grid(static_cast<unsigned>(parts),
                   static_cast<unsigned>(std::min<int64_t>(slots, kMaxGridY)));
   if (s.type == FloatType::kFloat) {
-    prewrite<float>(elements, args, grid, stream);
+    prewrite<float>(elements, rows, args, grid, stream);
   } else if (s.type == FloatType::kHalf) {
-    prewrite<Half>(elements, args, grid, stream);
+    prewrite<Half>(elements, rows, args, grid, stream);
   } else {
-    prewrite<BFloat16>(elements, args, grid, stream);
+    prewrite<BFloat16>(elements, rows, args, grid, stream);
   }
 }
 

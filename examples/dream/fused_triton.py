@@ -1,23 +1,34 @@
 # mypy: allow-untyped-defs
-"""The functions of `fused` as Triton kernels: one program a row, or a piece of one."""
+"""The functions of `fused` as Triton kernels: one program a row, or a piece of one.
+
+On sm_90 and later they are launched while the product before them still ends (programmatic
+dependent launch), and wait for it.
+"""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-#: columns of a program of SwiGLU, which needs no sum over its row
-_PIECE = 2048
+#: rows and columns of a program of SwiGLU, which needs no sum over its row: columns that divide
+#: the models' 18944 and 12288, so that no program has few
+_ROWS, _COLUMNS = 2, 512
 
 
 @triton.jit
 def _add_rms_norm_kernel(
     residual, delta, weight, index, total, normed, eps,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, STORE: tl.constexpr,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, STORE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """grid (M,): row of the output."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     source = row
     if index is not None:
@@ -39,17 +50,31 @@ def _add_rms_norm_kernel(
 
 
 @triton.jit
-def _swiglu_kernel(gate_up, out, INNER: tl.constexpr, BLOCK: tl.constexpr):
-    """grid (N, pieces of a row)."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < INNER
+def _swiglu_kernel(
+    gate_up, out, rows,
+    INNER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """grid (groups of rows, pieces of a row)."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    inside = (row < rows) & (column < INNER)
     source = gate_up + row * (2 * INNER) + column
     gate_raw = tl.load(source, mask=inside, other=0.0)
     up = tl.load(source + INNER, mask=inside, other=0.0).to(tl.float32)
     gate = gate_raw.to(tl.float32)
     value = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out + row * INNER + column, value.to(gate_raw.dtype), mask=inside)
+
+
+@functools.cache
+def _launch_options(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return {"DEPENDENT": False}
+    dependent = torch.cuda.get_device_capability(device)[0] >= 9
+    return {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
 
 
 def add_rms_norm(
@@ -65,6 +90,7 @@ def add_rms_norm(
         _add_rms_norm_kernel[(rows,)](
             residual, delta, weight, index, total, normed, eps,
             HIDDEN=hidden, BLOCK=block, STORE=store, num_warps=max(1, min(8, block // 512)),
+            **_launch_options(residual.device),
         )  # fmt: skip
     return total, normed
 
@@ -72,8 +98,11 @@ def add_rms_norm(
 def swiglu(gate_up: Tensor) -> Tensor:
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, inner)
-    block = min(_PIECE, triton.next_power_of_2(inner))
+    columns = min(_COLUMNS, triton.next_power_of_2(inner))
     if rows > 0:
-        grid = (rows, triton.cdiv(inner, block))
-        _swiglu_kernel[grid](gate_up, out, INNER=inner, BLOCK=block, num_warps=4)
+        grid = (triton.cdiv(rows, _ROWS), triton.cdiv(inner, columns))
+        _swiglu_kernel[grid](
+            gate_up, out, rows, INNER=inner, ROWS=_ROWS, COLUMNS=columns, num_warps=4,
+            **_launch_options(out.device),
+        )  # fmt: skip
     return out

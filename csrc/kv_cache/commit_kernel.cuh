@@ -1,14 +1,11 @@
-// The KV cache on the GPU: Commit-Winner-Cache of all layers, Pre-Write of one.
-//
-// Each has a grid that shapes alone fix. Lengths, winners and faults are read on the device, by
-// every warp or thread block for itself.
+// Commit-Winner-Cache of all layers on the GPU. Shapes alone fix the grid: lengths, winners and
+// faults are read on the device, by every warp for itself.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
+#include "kv_cache/kernel_base.cuh"
 #include "kv_cache/params.h"
-#include "kv_cache/rotate_kernel.cuh"
 #include "lopa/cuda.cuh"
 #include "lopa/divisor.h"
 #include "lopa/status.h"
@@ -16,52 +13,10 @@
 namespace lopa {
 namespace kv_cache {
 
-constexpr int kThreads = 256;
-// A commit's vectors that a thread has in flight, and blocks of a multiprocessor: all are resident.
+constexpr int kCommitThreads = 256;
+// Vectors that a thread has in flight, and blocks of a multiprocessor: all are resident.
 constexpr int kCommitInFlight = 8;
 constexpr int kCommitBlocks = 4;
-
-// The status word of each sequence; null where the caller gave none.
-struct StatusView {
-  int32_t* data;
-  int64_t stride;
-};
-
-__device__ __forceinline__ void report(const StatusView& status, int64_t b, int32_t fault) {
-  if (status.data != nullptr && fault != 0) status.data[b * status.stride] |= fault;
-}
-
-// A vector's place: its column, the row there, the piece of that row.
-struct Place {
-  uint32_t column;
-  uint32_t row;
-  uint32_t piece;
-};
-
-// How threads walk the vectors of a list of columns: thread i of n begins with vector i, and `step`
-// is n vectors.
-struct Walk {
-  Divisor rows;    // of a column
-  Divisor pieces;  // of a row
-  Place step;
-};
-
-__device__ __forceinline__ Place first_place(const Walk& walk) {
-  uint32_t vector = blockIdx.x * kThreads + threadIdx.x;
-  uint32_t row = divide(vector, walk.pieces);
-  uint32_t column = divide(row, walk.rows);
-  return {column, row - column * walk.rows.value, vector - row * walk.pieces.value};
-}
-
-__device__ __forceinline__ void advance(Place& at, const Walk& walk) {
-  at.piece += walk.step.piece;
-  uint32_t carry = at.piece >= walk.pieces.value;
-  at.piece -= carry ? walk.pieces.value : 0;
-  at.row += walk.step.row + carry;
-  carry = at.row >= walk.rows.value;
-  at.row -= carry ? walk.rows.value : 0;
-  at.column += walk.step.column + carry;
-}
 
 // Keys or values, on both ends of a commit. Strides count bytes.
 struct CommitSide {
@@ -215,7 +170,7 @@ struct RegisterCopy {
 //
 // The first lengths are on their way while it is found out which unit is whose.
 template <typename Copy, bool kGrouped>
-__global__ void __launch_bounds__(kThreads, Copy::kBlocks)
+__global__ void __launch_bounds__(kCommitThreads, Copy::kBlocks)
     kv_commit_kernel(const __grid_constant__ CommitArgs a) {
   constexpr uint32_t kChunk = Copy::kChunk;
   constexpr uint32_t kGroup = kGrouped ? 32 : 1;
@@ -283,155 +238,6 @@ __global__ void __launch_bounds__(kThreads, Copy::kBlocks)
     } while (kGrouped && first < a.batch);
     unit += a.at_once.value;
   } while (unit < a.units);
-}
-
-struct PrewriteArgs {
-  KvWriteParams params;
-  Walk walk;         // rows: heads of queries, keys, values
-  uint32_t columns;  // the window; 0 where there is nothing to write
-  uint32_t slots;    // of all sequences
-  Divisor branches;  // slots of a sequence, at least 1: slot 0 reports
-  StatusView status;
-};
-
-// With norms a row's threads are a power of two; those past its pieces have none.
-struct NormedPrewriteArgs : PrewriteArgs {
-  KvNorms norms;
-  uint32_t pieces;
-};
-
-__device__ __forceinline__ int32_t prewrite_fault(const KvWriteParams& p, int32_t cache_len,
-                                                  int32_t commit_len) {
-  if (cache_len < 0 || commit_len < 0 || commit_len > p.sizes.window) return kBadState;
-  if (p.cos_sin != nullptr && cache_len + p.sizes.window > p.max_position) return kBadState;
-  if (p.commit_len == nullptr) return 0;
-  return static_cast<int64_t>(cache_len) + commit_len > p.sizes.capacity ? kCacheFull : 0;
-}
-
-template <typename T>
-__device__ __forceinline__ T* row_of(const KvRowsView& view, int64_t b, int64_t k, int64_t column,
-                                     int64_t head) {
-  return static_cast<T*>(view.data) + b * view.stride[0] + k * view.stride[1] +
-         column * view.stride[2] + head * view.stride[3];
-}
-
-template <typename T>
-__device__ __forceinline__ T* row_of(const KvWindowView& view, int64_t layer, int64_t b, int64_t k,
-                                     int64_t column, int64_t head) {
-  return static_cast<T*>(view.data) + layer * view.stride[0] + b * view.stride[1] +
-         k * view.stride[2] + column * view.stride[3] + head * view.stride[4];
-}
-
-template <typename T>
-__device__ __forceinline__ T* row_of(const KvCacheView& view, int64_t layer, int64_t b,
-                                     int64_t position, int64_t head) {
-  return static_cast<T*>(view.data) + layer * view.stride[0] + b * view.stride[1] +
-         position * view.stride[2] + head * view.stride[3];
-}
-
-// Whether a thread goes on, of which `inside` is true while it has something to do: with norms as
-// long as any of its warp has.
-template <bool kNorms>
-__device__ __forceinline__ bool has_turn(bool inside) {
-  if constexpr (kNorms) return __any_sync(kWholeWarp, inside);
-  return inside;
-}
-
-// grid (parts, sequences and branch slots): the blocks of a branch share its window. A thread takes
-// N elements of a row, and with kRotate the N of the row's other half, too. With norms, whole warps
-// take their turns, in which some threads may have nothing.
-template <typename T, int N, bool kRotate, typename Args>
-__global__ void __launch_bounds__(kThreads) kv_prewrite_kernel(const __grid_constant__ Args a) {
-  constexpr bool kNorms = std::is_same_v<Args, NormedPrewriteArgs>;
-  const KvWriteParams& p = a.params;
-  const KvSizes& s = p.sizes;
-  release_successor();
-  const Place start = first_place(a.walk);
-  const int64_t half = s.head_dim / 2;
-  wait_for_predecessor();
-  for (uint32_t slot = blockIdx.y; slot < a.slots; slot += gridDim.y) {
-    const uint32_t b = divide(slot, a.branches);
-    const uint32_t k = slot - b * a.branches.value;
-    const int32_t cache_len = p.cache_len != nullptr ? p.cache_len[b] : 0;
-    const int32_t commit_len = p.commit_len != nullptr ? p.commit_len[b] : 0;
-    const int32_t fault = prewrite_fault(p, cache_len, commit_len);
-    if (blockIdx.x == 0 && threadIdx.x == 0 && k == 0) report(a.status, b, fault);
-    const int64_t cached = fault == 0 && k == 0 ? commit_len : 0;
-
-    for (Place at = start; has_turn<kNorms>(at.column < a.columns); advance(at, a.walk)) {
-      bool has_piece = true;
-      if constexpr (kNorms) has_piece = at.column < a.columns && at.piece < a.pieces;
-      const int64_t column = at.column;
-      const int64_t offset = static_cast<int64_t>(at.piece) * N;
-      int64_t head = at.row;
-      const bool is_query = head < s.q_heads;
-      if (fault == kBadState) {
-        if (!is_query || !has_piece) continue;
-        T* row = row_of<T>(p.q_out, b, k, column, head) + offset;
-        Pack<T, N> zero{};
-        store_pack<T, N>(row, zero);
-        if constexpr (kRotate) store_pack<T, N>(row + half, zero);
-        continue;
-      }
-      const T* source;
-      T* target;
-      T* cache = nullptr;
-      bool turns = kRotate;
-      if (is_query) {
-        source = row_of<T>(p.q, b, k, column, head);
-        target = row_of<T>(p.q_out, b, k, column, head);
-      } else {
-        head -= s.q_heads;
-        const bool is_value = head >= s.kv_heads;
-        if (is_value) head -= s.kv_heads;
-        turns = kRotate && !is_value;
-        source = row_of<T>(is_value ? p.v : p.k, b, k, column, head);
-        target = row_of<T>(is_value ? p.v_window : p.k_window, p.layer, b, k, column, head);
-        if (column < cached) {
-          cache = row_of<T>(is_value ? p.v_cache : p.k_cache, p.layer, b, cache_len + column, head);
-        }
-      }
-      if constexpr (kNorms) {
-        Pack<T, N> low{};
-        Pack<T, N> high{};
-        if (has_piece) {
-          low = load_pack<T, N>(source + offset);
-          high = load_pack<T, N>(source + half + offset);
-        }
-        const float scale =
-            norm_scale(sum_squares(low, high), a.walk.pieces.value, static_cast<float>(s.head_dim),
-                       a.norms.eps, [&](uint32_t piece) {
-                         if (piece >= a.pieces) return 0.0f;
-                         const T* place = source + static_cast<int64_t>(piece) * N;
-                         return sum_squares(load_pack<T, N>(place), load_pack<T, N>(place + half));
-                       });
-        if (!has_piece) continue;
-        if (turns) {
-          const T* weight = static_cast<const T*>(is_query ? a.norms.q : a.norms.k);
-          normed_rotate<T, N>(low, high, scale, weight + offset,
-                              p.cos_sin + (cache_len + column) * p.cos_sin_stride + offset, half);
-        }
-        store_pack<T, N>(target + half + offset, high);
-        store_pack<T, N>(target + offset, low);
-        if (cache == nullptr) continue;
-        store_pack<T, N>(cache + half + offset, high);
-        store_pack<T, N>(cache + offset, low);
-        continue;
-      }
-      Pack<T, N> low = load_pack<T, N>(source + offset);
-      if constexpr (kRotate) {
-        Pack<T, N> high = load_pack<T, N>(source + half + offset);
-        if (turns) {
-          rotate<T, N>(low, high, p.cos_sin + (cache_len + column) * p.cos_sin_stride + offset,
-                       half);
-        }
-        store_pack<T, N>(target + half + offset, high);
-        if (cache != nullptr) store_pack<T, N>(cache + half + offset, high);
-      }
-      store_pack<T, N>(target + offset, low);
-      if (cache != nullptr) store_pack<T, N>(cache + offset, low);
-    }
-  }
 }
 
 }  // namespace kv_cache
