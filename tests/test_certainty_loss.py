@@ -208,6 +208,23 @@ def test_large_logits_keep_their_differences(
 
 
 @over(KERNELS)
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 0.8, 40.0])
+@pytest.mark.parametrize("rise", [-60.0, -3.0, 3.0, 60.0, 1e4])
+def test_values_that_rise_along_the_vocabulary(
+    rise: float, temperature: float, target: Target
+) -> None:
+    """What a tile's sums are relative to may be that of tiles before it, or not."""
+    skip_where_slow(target, True)
+    logits, labels, masked = inputs(3, 50000)
+    slope = torch.linspace(0, rise, 50000)
+    logits = ((logits + slope) * 16).round() / 16
+    logits[1] = logits[1].masked_fill(slope.abs() < abs(rise) / 3, -INF)
+    masked[:] = True
+    labels[0], labels[1] = logits[0].argmax(), 49999
+    check(target, logits, labels, masked, temperature=temperature)
+
+
+@over(KERNELS)
 @pytest.mark.parametrize("temperature", [0.5, 0.8])
 def test_huge_logits(temperature: float, target: Target) -> None:
     logits, labels, masked = inputs(4, 70)

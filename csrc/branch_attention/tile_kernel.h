@@ -158,7 +158,7 @@ inline void row_block(const Rows& rows, const Tiles& tiles, int64_t keys) {
     decay[m] = old_maximum - new_maximum;
   }
   for (int m = 0; m < kMaxLanes; m += Vec::kWidth) {
-    store(decay + m, exp2_nonpositive(load(decay + m)));
+    store(decay + m, exp2_bounded(load(decay + m)));
   }
 
   Vec scale = set1(tiles.scale_log2);
@@ -167,7 +167,7 @@ inline void row_block(const Rows& rows, const Tiles& tiles, int64_t keys) {
     Vec shift = set1(-rows.maximum[m]);
     Vec sum = load(rows.sum + m * kMaxLanes) * set1(decay[m]);
     for (int64_t n = 0; n < vectors; ++n) {
-      Vec p = exp2_nonpositive(fma(load(scores + n * Vec::kWidth), scale, shift));
+      Vec p = exp2_bounded(fma(load(scores + n * Vec::kWidth), scale, shift));
       if (n + 1 == vectors) p = keep_first(p, tail, zero());
       store(scores + n * Vec::kWidth, p);
       sum = sum + p;

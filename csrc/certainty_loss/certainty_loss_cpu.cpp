@@ -46,18 +46,20 @@ float scale_of(double temperature) {
   return static_cast<float>(std::clamp<double>(kLog2E / temperature, FLT_MIN, FLT_MAX));
 }
 
-// Sums over a part of a row, relative to the largest value in it.
+// Sums over a part of a row, relative to `base`.
 struct Partial {
   float max = -std::numeric_limits<float>::infinity();
+  double base = -FLT_MAX;
   double sum = 0;
   double tempered = 0;
   double weighted = 0;
   int64_t first = 0;  // where the first tile with the maximum begins
 
-  double base() const { return std::max(max, -FLT_MAX); }
-
   void rebase(double to, double scale) {
-    const double distance = base() - to;
+    const double distance = base - to;
+    base = to;
+    // Most tiles of a group have the same.
+    if (distance == 0) return;
     const double factor = std::exp2(distance * scale), shift = distance * scale;
     sum *= std::exp(distance);
     weighted = factor * (weighted + (factor > 0 ? shift * tempered : 0.0));
@@ -65,7 +67,7 @@ struct Partial {
   }
 
   void absorb(Partial other, double scale) {
-    const double common = std::max(base(), other.base());
+    const double common = std::max(base, other.base);
     rebase(common, scale);
     other.rebase(common, scale);
     if (other.max > max) {
@@ -76,20 +78,24 @@ struct Partial {
     tempered += other.tempered;
     weighted += other.weighted;
   }
+
+  // As a row's statistics have it.
+  void rebase_to_max(double scale) { rebase(std::max(max, -FLT_MAX), scale); }
 };
 
 const void* advance(const LogitsView& view, const void* row, int64_t elements) {
   return static_cast<const char*>(row) + elements * view.element_bytes();
 }
 
-Partial scan_group(const LogitsView& view, const Kernels& kernels, const ScanArgs& args,
-                   const void* row, int64_t group) {
+Partial scan_group(const LogitsView& view, const Kernels& kernels, ScanArgs args, const void* row,
+                   int64_t group) {
   Partial result;
   const int64_t end = std::min((group + 1) * kGroup, view.vocab);
   for (int64_t i = group * kGroup; i < end; i += kTile) {
     TileSums sums;
     kernels.scan(advance(view, row, i), std::min(kTile, end - i), args, &sums);
-    result.absorb({sums.max, sums.sum, sums.tempered, sums.weighted, i}, args.scale);
+    result.absorb({sums.max, sums.base, sums.sum, sums.tempered, sums.weighted, i}, args.scale);
+    args.reference = sums.base;
   }
   return result;
 }
@@ -110,7 +116,8 @@ struct RowTerms {
 RowTerms finish_row(const LogitsView& view, const Kernels& kernels, const void* row,
                     const Partial& total, int64_t label, RowStatistics* out) {
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-  if (!(total.sum > 0)) {
+  const bool finite = total.max >= -FLT_MAX && total.max <= FLT_MAX;
+  if (!finite || std::isnan(total.sum)) {
     *out = {kNaN, kNaN, kNaN, kNaN};
     return {kNaN, 0, false};
   }
@@ -165,7 +172,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(const Tensor& lo
 
   const Kernels& kernels = kernels_for(view.dtype);
   const ScanArgs args{scale_of(options.temperature),
-                      options.temperature == certainty_loss::kSquareTemperature};
+                      options.temperature == certainty_loss::kSquareTemperature,
+                      -std::numeric_limits<float>::infinity()};
   const int64_t groups = (view.vocab + kGroup - 1) / kGroup;
   std::vector<Partial> parts(static_cast<size_t>(listed * groups));
   std::vector<RowTerms> row_terms(static_cast<size_t>(listed));
@@ -179,6 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(const Tensor& lo
     for (int64_t i = begin; i < end; ++i) {
       Partial total = parts[i * groups];
       for (int64_t g = 1; g < groups; ++g) total.absorb(parts[i * groups + g], args.scale);
+      total.rebase_to_max(args.scale);
       const int64_t r = list[i];
       row_terms[i] = finish_row(view, kernels, view.row(r), total, label[r], &row_stats[r]);
     }

@@ -16,12 +16,15 @@ constexpr int64_t kTile = 4096;
 struct ScanArgs {
   float scale;  // log2(e) / temperature
   bool square;  // the temperature is kSquareTemperature
+  // Near the largest value of tiles before this one, which spares the search for it; -inf: unknown.
+  float reference;
 };
 
-// Sums of weights relative to the tile's largest value m, -FLT_MAX where all are -inf:
-// 2^((x - m) log2(e)), and v = 2^t with t = (x - m) * scale. NaN or +inf makes them NaN.
+// Sums of weights relative to a number m: 2^((x - m) log2(e)), and v = 2^t with t = (x - m) *
+// scale. NaN or +inf makes them NaN.
 struct TileSums {
-  float max;  // NaN passed by
+  float max;   // NaN passed by
+  float base;  // m: `reference` where no value is far above it, else `max`, at least -FLT_MAX
   float sum;
   float tempered;  // sum of v
   float weighted;  // sum of v * t

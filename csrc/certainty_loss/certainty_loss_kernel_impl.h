@@ -15,9 +15,13 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kInfinity = __builtin_inff();
-// 2^-127 is 0 for exp2_nonpositive: a floor for exponents, so that no weight of 0 meets an
-// infinite one.
-constexpr float kLeast = -127.0f;
+// A floor for exponents: 2^-126 is a normal number, and negligible beside the 1 of the maximum.
+constexpr float kLeast = -126.0f;
+// 2^-127 is 0 for exp2_bounded: a gradient's floor, so that no weight of 0 meets an infinite one.
+constexpr float kZero = -127.0f;
+// How far, in powers of two, a value may pass the reference of its tile: far from overflow, and so
+// little that the larger weights cost the smaller ones no accuracy that matters.
+constexpr float kLargestExponent = 6.0f;
 constexpr int kVectors = 4;  // in flight, to cover the latency of the exponential
 constexpr int64_t kBlock = kVectors * Vec::kWidth;
 constexpr int64_t kPrefetchBytes = 4096;
@@ -40,56 +44,81 @@ inline void for_blocks(const T* x, int64_t n, Function function) {
 }
 
 inline Vec total(const Vec (&x)[kVectors]) { return (x[0] + x[1]) + (x[2] + x[3]); }
+inline Vec total_max(const Vec (&x)[kVectors]) { return max(max(x[0], x[1]), max(x[2], x[3])); }
+
+template <typename T>
+inline void prefetch_after(const T* block) {
+  const char* ahead = reinterpret_cast<const char*>(block) + kPrefetchBytes;
+  for (size_t line = 0; line < kBlock * sizeof(T); line += 64) __builtin_prefetch(ahead + line);
+}
 
 // A NaN in `exponent` stays.
-inline Vec floored(Vec exponent) { return max(set1(kLeast), exponent); }
+inline Vec floored(Vec exponent, float least) { return max(set1(least), exponent); }
 
-template <typename T, bool kSquare>
-inline void sum_weights(const T* x, int64_t n, float maximum, float scale_value, TileSums* out) {
-  const Vec largest = set1(maximum), log2e = set1(kLog2E), scale = set1(scale_value);
-  Vec sum[kVectors], tempered[kVectors], weighted[kVectors];
-  for (int j = 0; j < kVectors; ++j) sum[j] = tempered[j] = weighted[j] = zero();
-  for_blocks(x, n, [&](const T* p, int64_t) {
+// With kSearches the tile's maximum, too, while it comes from memory.
+template <typename T, bool kSquare, bool kSearches>
+inline void sum_weights(const T* x, int64_t n, float base, float scale_value, TileSums* out) {
+  const Vec reference = set1(base), log2e = set1(kLog2E), scale = set1(scale_value);
+  Vec sum[kVectors], tempered[kVectors], weighted[kVectors], largest[kVectors];
+  for (int j = 0; j < kVectors; ++j) {
+    sum[j] = tempered[j] = weighted[j] = zero();
+    largest[j] = set1(-kInfinity);
+  }
+  for_blocks(x, n, [&](const T* p, int64_t i) {
+    if (kSearches) prefetch_after(x + i);
     for (int j = 0; j < kVectors; ++j) {
-      const Vec distance = load(p + j * Vec::kWidth) - largest;
-      const Vec t = floored(distance * log2e);
-      const Vec w = exp2_nonpositive(t);
+      const Vec value = load(p + j * Vec::kWidth);
+      if (kSearches) largest[j] = max(value, largest[j]);
+      const Vec distance = value - reference;
+      const Vec t = floored(distance * log2e, kLeast);
+      const Vec w = exp2_normal(t);
       sum[j] = sum[j] + w;
       if (kSquare) {
         // v = w^2; half of v * t is added up.
         tempered[j] = fma(w, w, tempered[j]);
         weighted[j] = fma(w * t, w, weighted[j]);
       } else {
-        const Vec u = floored(distance * scale);
-        const Vec v = exp2_nonpositive(u);
+        const Vec u = floored(distance * scale, kLeast);
+        const Vec v = exp2_normal(u);
         tempered[j] = tempered[j] + v;
         weighted[j] = fma(v, u, weighted[j]);
       }
     }
   });
+  if (kSearches) out->max = reduce_max(total_max(largest));
+  out->base = base;
   out->sum = reduce_add(total(sum));
   out->tempered = reduce_add(total(tempered));
   out->weighted = (kSquare ? 2.0f : 1.0f) * reduce_add(total(weighted));
 }
 
-template <typename T>
-void scan(const void* data, int64_t n, const ScanArgs& args, TileSums* out) {
-  const T* x = static_cast<const T*>(data);
+template <typename T, bool kSquare>
+inline void scan_tile(const T* x, int64_t n, const ScanArgs& args, TileSums* out) {
+  if (args.reference > -FLT_MAX) {
+    sum_weights<T, kSquare, true>(x, n, args.reference, args.scale, out);
+    const float above = out->max - args.reference;
+    if (above * kLog2E <= kLargestExponent && above * args.scale <= kLargestExponent) return;
+  }
   Vec largest[kVectors];
   for (int j = 0; j < kVectors; ++j) largest[j] = set1(-kInfinity);
   for_blocks(x, n, [&](const T* p, int64_t i) {
-    const char* ahead = reinterpret_cast<const char*>(x + i) + kPrefetchBytes;
-    for (size_t line = 0; line < kBlock * sizeof(T); line += 64) __builtin_prefetch(ahead + line);
+    prefetch_after(x + i);
     for (int j = 0; j < kVectors; ++j) {
       largest[j] = max(load(p + j * Vec::kWidth), largest[j]);
     }
   });
-  out->max = reduce_max(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
-  const float maximum = out->max > -FLT_MAX ? out->max : -FLT_MAX;
+  out->max = reduce_max(total_max(largest));
+  const float base = out->max > -FLT_MAX ? out->max : -FLT_MAX;
+  sum_weights<T, kSquare, false>(x, n, base, args.scale, out);
+}
+
+template <typename T>
+void scan(const void* data, int64_t n, const ScanArgs& args, TileSums* out) {
+  const T* x = static_cast<const T*>(data);
   if (args.square) {
-    sum_weights<T, true>(x, n, maximum, args.scale, out);
+    scan_tile<T, true>(x, n, args, out);
   } else {
-    sum_weights<T, false>(x, n, maximum, args.scale, out);
+    scan_tile<T, false>(x, n, args, out);
   }
 }
 
@@ -115,15 +144,15 @@ struct Gradient {
 
   Vec operator()(Vec x) const {
     const Vec distance = x - max;
-    const Vec s = floored(distance * log2e - log_sum);
-    const Vec p = exp2_nonpositive(s);
+    const Vec s = floored(distance * log2e - log_sum, kZero);
+    const Vec p = exp2_bounded(s);
     if (!kEntropy) return cross * p;
     if (kSquare) {
       const Vec t = (s + s) - tempered;
       return p * fma(p, fma(slope, t, offset), cross);
     }
-    const Vec t = floored(distance * scale - tempered);
-    return fma(exp2_nonpositive(t), fma(slope, t, offset), cross * p);
+    const Vec t = floored(distance * scale - tempered, kZero);
+    return fma(exp2_bounded(t), fma(slope, t, offset), cross * p);
   }
 };
 
