@@ -12,11 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lopa_kernels import _dispatch
+from lopa_kernels._triton_math import INTERPRETED, narrow
 
 __all__ = ["attend_kernel", "merge_kernel"]
-
-_INTERPRETED = tl.constexpr(_dispatch.interpreted())
 
 _INF = tl.constexpr(float("inf"))
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -24,21 +22,9 @@ _MAX_INT32 = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    """fp32 in another dtype, rounded to nearest even; the interpreter's own cast to bf16 cuts."""
-    if _INTERPRETED & (dtype == tl.bfloat16):
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-        result = tl.where(x == x, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        result = x.to(dtype)
-    return result
-
-
-@triton.jit
 def _operand(x):
     """Of a product; the interpreter would multiply the bits of bf16."""
-    return x.to(tl.float32) if _INTERPRETED else x
+    return x.to(tl.float32) if INTERPRETED else x
 
 
 @triton.jit
@@ -75,7 +61,7 @@ def _fold(scores, values, largest, total, accumulator, scale):
     keep = tl.exp2(largest - base)
     total = total * keep + tl.sum(weights, 1)
     accumulator = tl.dot(
-        _operand(_narrow(weights, values.dtype)), _operand(values), accumulator * keep[:, None],
+        _operand(narrow(weights, values.dtype)), _operand(values), accumulator * keep[:, None],
         input_precision="ieee",
     )  # fmt: skip
     return raised, total, accumulator, weights
@@ -178,7 +164,7 @@ def _store(
     at = branch.to(tl.int64) * out_branch + column.to(tl.int64) * out_column
     at += b * out_batch + head.to(tl.int64) * out_head
     mask = inside[:, None] & (d < HEAD_DIM)
-    tl.store(out + at[:, None] + d, _narrow(result, out.dtype.element_ty), mask=mask)
+    tl.store(out + at[:, None] + d, narrow(result, out.dtype.element_ty), mask=mask)
     if lse is not None:
         row = (b * branches + branch) * q_heads + head
         logarithm = tl.where(live, (largest + tl.log2(total)) * _LN_2, -_INF)
@@ -251,7 +237,7 @@ def attend_kernel(
     q_at += b * q_batch + head * q_head
     queries = _load_rows(q, q_at, live, HEAD_DIM, BLOCK_D, True)
     if SIGN != 1:
-        queries = _narrow(queries.to(tl.float32) * SIGN, queries.dtype)
+        queries = narrow(queries.to(tl.float32) * SIGN, queries.dtype)
     largest = tl.full([BLOCK_M], -_INF, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

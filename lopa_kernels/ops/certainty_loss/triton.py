@@ -23,6 +23,7 @@ from lopa_kernels._triton import (
     fail,
     on_device,
 )
+from lopa_kernels._triton_math import narrow
 from lopa_kernels.ops.certainty_loss.autograd import differentiable
 from lopa_kernels.ops.confidence.triton import device_of, layout, pairwise_sum
 from lopa_kernels.ops.confidence.triton_merge import TILE, offset_of
@@ -321,7 +322,7 @@ def _gradient_kernel(
                     t = _floored(distance * scale - tempered)
                     v = tl.exp2(t)
                 result += v * (tilt * (t * _LN2 + entropy))
-            rounded = result.to(out.dtype.element_ty)
+            rounded = narrow(result, out.dtype.element_ty)
             if whole:
                 tl.store(target + lane, rounded)
             else:

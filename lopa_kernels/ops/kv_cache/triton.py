@@ -22,12 +22,11 @@ from lopa_kernels._triton import (
     on_device,
     power_of_two,
 )
+from lopa_kernels._triton_math import narrow
 from lopa_kernels.status import Status
 
 _BAD_STATE = tl.constexpr(int(Status.BAD_STATE))
 _CACHE_FULL = tl.constexpr(int(Status.CACHE_FULL))
-
-_INTERPRETED = tl.constexpr(_dispatch.interpreted())
 
 # Elements of a program's tile: of bf16, four 16-byte vectors a thread. The interpreter takes its
 # time by the program, whatever its size.
@@ -238,18 +237,6 @@ def kv_commit_(
 
 
 @triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    """fp32 in another dtype, rounded to nearest even; the interpreter's own cast to bf16 cuts."""
-    if _INTERPRETED & (dtype == tl.bfloat16):
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-        result = tl.where(x == x, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        result = x.to(dtype)
-    return result
-
-
-@triton.jit
 def _norm_scale(a, b, eps, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """What RMSNorm multiplies the rows of halves `a` and `b` by, before the weights: [ROWS, 1].
 
@@ -308,8 +295,8 @@ def _turn_rows(
                     held = element < HALF
                     a = a * scale * tl.load(norm + element, mask=held).to(tl.float32)
                     b = b * scale * tl.load(norm + HALF + element, mask=held).to(tl.float32)
-                low = _narrow(a * cosine - b * sine, low.dtype)
-                high = _narrow(b * cosine + a * sine, high.dtype)
+                low = narrow(a * cosine - b * sine, low.dtype)
+                high = narrow(b * cosine + a * sine, high.dtype)
             tl.store(to + HALF, high, mask=inside)
             if CACHED:
                 tl.store(copy + HALF, high, mask=below)
