@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: rows and columns of a program of SwiGLU, which needs no sum over its row: columns that divide
-#: the models' 18944 and 12288, so that no program has few
-_ROWS, _COLUMNS = 2, 512
+#: columns of a program of SwiGLU, which needs no sum over its row
+_PIECE = 2048
 
 
 @triton.jit
@@ -50,17 +49,14 @@ def _add_rms_norm_kernel(
 
 
 @triton.jit
-def _swiglu_kernel(
-    gate_up, out, rows,
-    INNER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    """grid (groups of rows, pieces of a row)."""
+def _swiglu_kernel(gate_up, out, INNER: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    """grid (N, pieces of a row)."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    inside = (row < rows) & (column < INNER)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < INNER
     source = gate_up + row * (2 * INNER) + column
     gate_raw = tl.load(source, mask=inside, other=0.0)
     up = tl.load(source + INNER, mask=inside, other=0.0).to(tl.float32)
@@ -98,11 +94,10 @@ def add_rms_norm(
 def swiglu(gate_up: Tensor) -> Tensor:
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, inner)
-    columns = min(_COLUMNS, triton.next_power_of_2(inner))
+    block = min(_PIECE, triton.next_power_of_2(inner))
     if rows > 0:
-        grid = (triton.cdiv(rows, _ROWS), triton.cdiv(inner, columns))
+        grid = (rows, triton.cdiv(inner, block))
         _swiglu_kernel[grid](
-            gate_up, out, rows, INNER=inner, ROWS=_ROWS, COLUMNS=columns, num_warps=4,
-            **_launch_options(out.device),
-        )  # fmt: skip
+            gate_up, out, INNER=inner, BLOCK=block, num_warps=4, **_launch_options(out.device)
+        )
     return out
