@@ -125,7 +125,7 @@ def measure(
         part: clock.medians({part: clock.ready(call)})[part]
         for part, call in parts(runner, state, head_rows).items()
     }
-    split |= clock.outside(runner, state, head_rows)
+    split |= clock.outside(alternating["round"], runner, state, head_rows)
     split["rest"] = whole["round"] - whole["products"] - sum(split.values())
     times = RoundTimes(
         model=name, branches=shape.branches, window=shape.window, prefix=shape.prefix,

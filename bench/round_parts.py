@@ -286,16 +286,18 @@ class Clock:
             taken.append(time.perf_counter() - start)
         return taken
 
-    def outside(self, runner: Runner, state: lk.LopaState, head_rows: int) -> dict[str, float]:
-        """Microseconds of OUTSIDE in a round, medians; of a replay of its graph on a GPU.
+    def outside(
+        self, replay: Callable[[], object], runner: Runner, state: lk.LopaState, head_rows: int
+    ) -> dict[str, float]:
+        """Microseconds of OUTSIDE in a round, medians.
 
-        On a CPU "idle" is what the clock itself takes.
+        Args:
+            replay: the round, as :meth:`ready` gave it, of which a GPU's kernels are recorded.
+            runner, state, head_rows: of :func:`marked_round`, which a CPU runs instead; its "idle"
+                is what the clock itself takes.
         """
         repeats = TURNS * self.replays
         if self.gpu is not None:
-            window = runner.config.window
-            assert window is not None
-            replay = self.ready(lambda: runner._decode_round(window, 1))
             return timeline.outside(timeline.record(replay, repeats))
         marks = Marks()
         call = marked_round(runner, state, head_rows, marks)

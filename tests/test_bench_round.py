@@ -127,7 +127,7 @@ def test_outside_is_read_from_the_marks(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(round_parts, "marked_round", marked)
     monkeypatch.setattr(clock, "_burst", burst)
     expected = {"step": 0.75e6, "commit": 0.125e6, "idle": 0.375e6}
-    assert clock.outside(runner, state, SHAPE.head_rows(3)) == expected
+    assert clock.outside(lambda: None, runner, state, SHAPE.head_rows(3)) == expected
 
 
 def a_round(at: float) -> list[timeline.Kernel]:
