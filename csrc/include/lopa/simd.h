@@ -290,7 +290,8 @@ inline Vec scale_by_power(Vec x, Vec n) {
 
 // 2^x for x in [-126, 126], NaN for NaN. With x = n + f, n the nearest integer, 2^f is the degree-5
 // polynomial that is 1 at 0 and otherwise minimises the relative error over [-1/2, 1/2] (least
-// squares reweighted by Lawson's method): 9.1e-8, and 1.9e-7 with the rounding of float.
+// squares reweighted by Lawson's method): 9.1e-8, and 1.9e-7 with the rounding of float. For loops
+// that are all exponentials; one term and the mask shorter than exp2_bounded.
 inline Vec exp2_normal(Vec x) {
   const Vec n = nearest(x), f = x - n;
   Vec y = fma(set1(1.32647145e-3f), f, set1(9.67151299e-3f));
